@@ -1,0 +1,2 @@
+"""A language model's computation as linear algebra: detached Jacobians and their triplets."""
+

@@ -1,0 +1,21 @@
+"""The errors a user can meet. Each message is one line that says what to do."""
+
+
+class ElmLanczosError(Exception):
+    """Base of every error raised on purpose; the command line prints it as one line and exits 1."""
+
+
+class UsageError(ElmLanczosError):
+    """An option, a configuration key or an argument that cannot be used as given (exit code 2)."""
+
+
+class ModelError(ElmLanczosError):
+    """A model that cannot be loaded, or whose weights cannot be used."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model that cannot be rewritten exactly as a linear system; the message names the module."""
+
+
+class StoreError(ElmLanczosError):
+    """A result store that cannot be created, resumed or read."""

@@ -1,0 +1,467 @@
+r"""The chain: a decoder at one input as a product of linearised segments.
+
+    embeddings → [prelude] → layer 1 → … → layer L → final norm at position p
+
+Each segment is remembered with the input it had, and is turned into a linear map where it is
+needed: `torch.func.vjp` of the frozen segment (see `freezing`), pushed through a whole block of
+vectors at once by `vmap`. A JVP is the VJP transposed: it is the VJP of the (linear) function
+`cotangent ↦ vjp(cotangent)`. So the memory of a pass is that of one layer whatever the depth, and
+weights are touched one layer at a time.
+
+With `F` the frozen map, `y = F(x) = Σ_i J_i x_i + c`. The constant `c = F(0)` and the leak come from
+replaying the recorded coefficients at zero, independently of `J`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from elm_lanczos.errors import ModelError, UnsupportedModelError
+from elm_lanczos.freezing import Freezing, Kind, Tape, flatten, linear, mark_of, rebuild
+from elm_lanczos.model import DetachedModel, Prediction, last_hidden_state
+
+if TYPE_CHECKING:
+    from elm_lanczos.operators import JointOperator, TokenOperator
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How exactly the linear system reproduces the model, in relative figures.
+
+    Attributes:
+        fidelity: frozen forward pass against the untouched model, ‖F(x) − y_model‖ / ‖y_model‖.
+        reconstruction: ‖y − (Σ J_i x_i + c)‖ / ‖y‖, with the Jacobian used and c from replay.
+        leak: ‖F(0)‖ / ‖y‖ with every additive constant removed.
+        adjoint: |⟨u, Jv⟩ − ⟨Jᵀu, v⟩| / (‖u‖ ‖Jv‖) for random u, v.
+        residual: largest triplet residual relative to σ₁, once triplets exist.
+        orthogonality: largest entry of UᵀU − I and VᵀV − I, once triplets exist.
+        dtype: the dtype everything was computed in.
+    """
+
+    fidelity: float
+    reconstruction: float
+    leak: float
+    adjoint: float
+    residual: float | None = None
+    orthogonality: float | None = None
+    dtype: str = "float32"
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bound each figure must meet for the result to count as exact."""
+        if self.dtype == "float64":
+            return {"fidelity": 1e-6, "reconstruction": 1e-13, "leak": 1e-13, "adjoint": 1e-12}
+        return {"fidelity": 1e-5, "reconstruction": 2e-6, "leak": 1e-6, "adjoint": 1e-5}
+
+    @property
+    def failures(self) -> list[str]:
+        """The names of the figures that miss their bound (NaN misses)."""
+        return [name for name, bound in self.bounds.items() if not getattr(self, name) <= bound]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every figure meets its bound."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures and the verdict as plain data."""
+        return {**asdict(self), "exact": self.exact, "failures": self.failures}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One link of the chain: a piece of the frozen decoder and the input it was recorded at.
+
+    Attributes:
+        name: the module's name in the model.
+        function: maps the residual stream (1, T, d) before the segment to that after it.
+        input: (1, T, d), its value for this prompt.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    input: Tensor
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A segment linearised at its input.
+
+    Attributes:
+        vjp: maps a block of cotangents (b, *out) to (b, *in).
+        jvp: maps a block of tangents (b, *in) to (b, *out).
+    """
+
+    vjp: Callable[[Tensor], Tensor]
+    jvp: Callable[[Tensor], Tensor]
+
+
+class Linearization:
+    """The linear system `y = Σ J_i x_i + c` of one prompt at one output position.
+
+    Args:
+        model: the model.
+        inputs: (T, d), the input embeddings.
+        position: the position whose final hidden state is the output.
+        ids: (T,), the token ids the embeddings came from, if any.
+        block: how many vectors are pushed through a segment at once; chosen from the sequence
+            length if not given.
+        memory: bytes that linearised segments and blocks may use; half of what is free if not given.
+        rules: another rule table, only to test what a wrong rule does.
+
+    Raises:
+        UnsupportedModelError: if the decoder is not a chain of layers that are affine once frozen.
+        ModelError: if the forward pass gives values that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: DetachedModel,
+        inputs: Tensor,
+        position: int = -1,
+        *,
+        ids: Tensor | None = None,
+        block: int | None = None,
+        memory: int | None = None,
+        rules: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.ids = ids
+        self.position = position % inputs.shape[0]
+        self._rules = rules
+        self.memory = psutil.virtual_memory().available // 2 if memory is None else memory
+        self.segments, output = self._trace()
+        self.output = output[0, self.position].detach()
+        if not self.output.isfinite().all():
+            raise ModelError(f"{model.name}: the forward pass gives values that are not finite")
+        self.block = self._default_block() if block is None else block
+        self._maps: dict[int, LinearMap] = {}
+        self._keep = self._bytes_of_maps() <= self.memory // 2
+
+    def __repr__(self) -> str:
+        """Returns one line with the shapes of the system."""
+        T, d = self.inputs.shape
+        return f"Linearization({self.model.name}, T={T}, d={d}, position={self.position})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, m, d): number of tokens, width of the output, width of an input embedding."""
+        return (self.inputs.shape[0], self.output.shape[0], self.inputs.shape[1])
+
+    # ------------------------------------------------------------------------ the trace
+
+    def _freezing(self, module: str, **options: Any) -> Freezing:
+        return Freezing(
+            self.model.compute_dtype, rules=self._rules, module=module, **options
+        )
+
+    def _trace(self) -> tuple[list[Segment], Tensor]:
+        """Runs the frozen decoder once and records the chain and its final hidden states."""
+        decoder = self.model.decoder
+        calls: list[tuple[nn.Module, Any, Any, Any]] = []  # of layers, in order
+        norms: list[tuple[nn.Module, Any, Any]] = []  # of the decoder's other children
+        names = {module: name for name, module in decoder.named_modules()}
+        mode = self._freezing(type(decoder).__name__)
+        path: list[str] = []
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            path.append(names[module])
+            mode.module = f"{names[module]} ({type(module).__name__})"
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            path.pop()
+
+        def leave_layer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append((module, args, kwargs, output))
+
+        def leave_child(module: nn.Module, args: Any, output: Any) -> None:
+            norms.append((module, args, output))
+
+        handles = [
+            hook
+            for module in names
+            for hook in (
+                module.register_forward_pre_hook(enter),
+                module.register_forward_hook(leave),
+            )
+        ]
+        handles += [
+            layer.register_forward_hook(leave_layer, with_kwargs=True)
+            for layer in self.model.layers
+        ]
+        others = [c for c in decoder.children() if not isinstance(c, nn.ModuleList)]
+        handles += [child.register_forward_hook(leave_child) for child in others]
+        try:
+            with torch.no_grad(), self.model.frozen_attention(), mode:
+                x = linear(self.inputs[None])
+                output = last_hidden_state(decoder(inputs_embeds=x, use_cache=False))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._require_linear(output, "the decoder's output")
+        return self._chain(x, calls, norms, output, names), output
+
+    def _chain(
+        self,
+        x: Tensor,
+        calls: list[tuple[nn.Module, Any, Any, Any]],
+        norms: list[tuple[nn.Module, Any, Any]],
+        output: Tensor,
+        names: dict[nn.Module, str],
+    ) -> list[Segment]:
+        segments, stream = [], x
+        for layer, args, kwargs, result in calls:
+            name = names[layer]
+            given = [leaf for leaf in flatten((args, kwargs)) if mark_of(leaf) is not None]
+            streams = {id(leaf): leaf for leaf in given}
+            if len(streams) != 1:
+                raise UnsupportedModelError(
+                    f"{name} ({type(layer).__name__}): takes more than the residual stream from "
+                    "the layers before it, so the decoder is not a chain of layers"
+                )
+            (before,) = streams.values()
+            if before is not stream:
+                if segments and not torch.equal(before, stream):
+                    raise UnsupportedModelError(
+                        f"{name} ({type(layer).__name__}): its input is not the output of the "
+                        "layer before it, so the decoder is not a chain of layers"
+                    )
+                if not segments:
+                    segments.append(Segment("prelude", self._prelude(), x.detach()))
+            stream = _first_tensor(result)
+            self._require_linear(stream, f"{name} ({type(layer).__name__})")
+            function = _with_stream(layer, args, kwargs, before)
+            segments.append(Segment(name, function, before.detach()))
+        final = [m for m, args, result in norms if result is output and args[:1] and args[0] is stream]
+        if not final and stream is not output:
+            raise UnsupportedModelError(
+                f"{type(self.model.decoder).__name__}: its output is not the final norm of the "
+                "last layer's output"
+            )
+        norm = final[0] if final else nn.Identity()
+        p = self.position
+        name = names.get(norm, "output")
+        segments.append(Segment(name, lambda h: norm(h[:, p : p + 1]), stream.detach()))
+        return segments
+
+    def _require_linear(self, value: Tensor, where: str) -> None:
+        mark = mark_of(value)
+        if mark is None or mark.kind != Kind.LINEAR:
+            because = f": {mark.origin} makes it nonlinear" if mark and mark.origin else ""
+            raise UnsupportedModelError(f"{where} is not affine in its input{because}")
+
+    def _prelude(self) -> Callable[[Tensor], Tensor]:
+        """What the decoder does to the embeddings before its first layer."""
+
+        def run(z: Tensor) -> Tensor:
+            def stop(_module: nn.Module, args: Any, kwargs: Any) -> None:
+                raise _Reached(next(v for v in flatten((args, kwargs)) if mark_of(v) is not None))
+
+            hook = self.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                self.model.decoder(inputs_embeds=z, use_cache=False)
+            except _Reached as reached:
+                return reached.value
+            finally:
+                hook.remove()
+            raise AssertionError("the first layer was not reached")
+
+        return run
+
+    # ---------------------------------------------------------------------- linear maps
+
+    def _default_block(self) -> int:
+        """Vectors per block: enough rows for full-speed matrix products, within the memory."""
+        T, d = self.inputs.shape
+        widest = max(
+            (p.shape[0] for s in self.model.layers for p in s.parameters() if p.ndim == 2),
+            default=d,
+        )
+        per_vector = 6 * T * max(widest, d) * self.output.element_size()
+        return int(max(1, min(64, 8192 // T + 1, self.memory // 4 // per_vector)))
+
+    def _bytes_of_maps(self) -> int:
+        """Estimates the bytes that all linearised layers hold: weights, gates, attention."""
+        config, T = self.model.decoder.config, self.inputs.shape[0]
+        size = self.output.element_size()
+        heads = getattr(config, "num_attention_heads", 1)
+        raised = size if self.model.dtype != self.model.compute_dtype else 0
+        parameters = [p for layer in self.model.layers for p in layer.parameters()]
+        activations = sum(p.shape[0] for p in parameters if p.ndim == 2) * T
+        attention = len(self.model.layers) * heads * T * T
+        return raised * sum(p.numel() for p in parameters) + size * (activations + attention)
+
+    def _map(self, index: int) -> LinearMap:
+        if index in self._maps:
+            return self._maps[index]
+        segment = self.segments[index]
+
+        def frozen(h: Tensor) -> Tensor:
+            with self._freezing(segment.name):
+                return segment.function(linear(h))
+
+        with torch.no_grad(), self.model.frozen_attention():
+            out, pull_back = torch.func.vjp(frozen, segment.input)
+        push_forward: list[Callable[[Tensor], Any]] = []
+
+        def vjp(cotangents: Tensor) -> Tensor:
+            return torch.func.vmap(lambda u: pull_back(u)[0])(cotangents)
+
+        def jvp(tangents: Tensor) -> Tensor:
+            if not push_forward:
+                zero = torch.zeros_like(out)
+                push_forward.append(torch.func.vjp(lambda u: pull_back(u)[0], zero)[1])
+            return torch.func.vmap(lambda v: push_forward[0](v)[0])(tangents)
+
+        result = LinearMap(vjp, jvp)
+        if self._keep:
+            self._maps[index] = result
+        return result
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """Returns `J_iᵀ u` for every token at once: one backward pass per cotangent.
+
+        Args:
+            cotangents: (..., m).
+
+        Returns:
+            (..., T, d).
+        """
+        lead = cotangents.shape[:-1]
+        flat = cotangents.reshape(-1, cotangents.shape[-1])
+        out = flat.new_empty(flat.shape[0], *self.inputs.shape)
+        with torch.no_grad():
+            for start in range(0, flat.shape[0], self.block):
+                g = flat[start : start + self.block, None, None]
+                for index in reversed(range(len(self.segments))):
+                    g = self._map(index).vjp(g)
+                out[start : start + self.block] = g[:, 0]
+        return out.view(*lead, *self.inputs.shape)
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """Returns `Σ_i J_i v_i`: one forward pass per tangent.
+
+        Args:
+            tangents: (..., T, d).
+
+        Returns:
+            (..., m).
+        """
+        lead = tangents.shape[:-2]
+        flat = tangents.reshape(-1, *self.inputs.shape)
+        out = flat.new_empty(flat.shape[0], self.output.shape[0])
+        with torch.no_grad():
+            for start in range(0, flat.shape[0], self.block):
+                v = flat[start : start + self.block, None]
+                for index in range(len(self.segments)):
+                    v = self._map(index).jvp(v)
+                out[start : start + self.block] = v[:, 0, 0]
+        return out.view(*lead, -1)
+
+    # ------------------------------------------------------------- the affine map by replay
+
+    def __call__(self, embeddings: Tensor, *, without_constants: bool = False) -> Tensor:
+        """Evaluates the frozen map `F` at other embeddings, with this prompt's coefficients.
+
+        Args:
+            embeddings: (T, d).
+            without_constants: leave out every additive constant (biases, learned positions).
+
+        Returns:
+            (m,), `F(embeddings)`.
+        """
+        z = embeddings[None].to(self.inputs)
+        with torch.no_grad(), self.model.frozen_attention():
+            for segment in self.segments:
+                tape = Tape()
+                with self._freezing(segment.name, record=tape):
+                    segment.function(linear(segment.input))
+                options: dict[str, Any] = {"without_constants": without_constants}
+                with self._freezing(segment.name, replay=tape, **options):
+                    z = segment.function(linear(z))
+        return z[0, 0].detach()
+
+    @cached_property
+    def constant(self) -> Tensor:
+        """(m,), the constant `c = F(0)` that biases leave behind."""
+        return self(torch.zeros_like(self.inputs))
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """What the untouched model computes for the same input at the same position."""
+        given = self.inputs if self.ids is None else self.ids
+        return self.model.predict(given, self.position)
+
+    def certificate(self, seed: int = 0) -> Certificate:
+        """Measures how exactly the linear system reproduces the model (see `Certificate`).
+
+        Args:
+            seed: of the random vectors of the adjoint test.
+
+        Returns:
+            The certificate, without the figures of triplets.
+        """
+        y = self.output.double()
+        reference = self.prediction.hidden.double().to(y.device)
+        rebuilt = self.jvp(self.inputs).double() + self.constant.double()
+        leak = self(torch.zeros_like(self.inputs), without_constants=True)
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.randn(self.output.shape, generator=generator, dtype=torch.float64).to(self.output)
+        v = torch.randn(self.inputs.shape, generator=generator, dtype=torch.float64).to(self.inputs)
+        Jv, JTu = self.jvp(v).double(), self.vjp(u).double()
+        forward, backward = u.double() @ Jv, (JTu * v.double()).sum()
+        return Certificate(
+            fidelity=float((y - reference).norm() / reference.norm()),
+            reconstruction=float((y - rebuilt).norm() / y.norm()),
+            leak=float(leak.double().norm() / y.norm()),
+            adjoint=float((forward - backward).abs() / (u.double().norm() * Jv.norm())),
+            dtype=str(self.output.dtype).removeprefix("torch."),
+        )
+
+    # ------------------------------------------------------------------------ operators
+
+    def token(self, index: int) -> TokenOperator:
+        """Returns the detached Jacobian `J_index` of one token as a LinearOperator (m, d)."""
+        from elm_lanczos.operators import TokenOperator
+
+        return TokenOperator(self, index)
+
+    def joint(self) -> JointOperator:
+        """Returns `[J_0 … J_{T-1}]` as one LinearOperator (m, T·d)."""
+        from elm_lanczos.operators import JointOperator
+
+        return JointOperator(self)
+
+
+class _Reached(Exception):
+    """Stops a forward pass where the wanted value is known."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _first_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _with_stream(
+    layer: nn.Module, args: Any, kwargs: Any, stream: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Returns the layer as a function of the residual stream, all other arguments as recorded."""
+
+    def run(h: Tensor) -> Tensor:
+        def put(value: Any) -> Any:
+            return h if value is stream else value
+
+        return _first_tensor(layer(*rebuild(put, args), **rebuild(put, kwargs)))
+
+    return run

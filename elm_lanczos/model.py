@@ -1,0 +1,442 @@
+"""A Hugging Face decoder, untouched, as the source of a linear system.
+
+`DetachedModel` wraps a model that anybody loaded. It finds the parts of the decoder (embeddings,
+layers, unembedding), turns prompts into embeddings, runs the model's own forward pass as the
+reference that everything else is measured against, and hands out linearizations. The wrapped model
+keeps its class, its attention implementation and its weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError
+from elm_lanczos.freezing import IMPLEMENTATION, Freezing, precision, register_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from elm_lanczos.linearization import Linearization
+
+BUNDLED_MODEL = Path(__file__).parent / "bundled" / "speeches-llama"
+"""Folder of the small trained model that is used when no other is named."""
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the untouched model computes at one position.
+
+    Attributes:
+        hidden: (m,), the hidden state after the final norm.
+        logits: (vocabulary,), the model's own logits.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+
+
+class DetachedModel:
+    """A causal language model that can be rewritten exactly as a linear system for each prompt.
+
+    Args:
+        hf_model: a causal language model of transformers, already loaded. It is left as it was.
+        tokenizer: its tokenizer; without one, prompts are given as ids or embeddings.
+        compute_dtype: dtype the linear system is computed in, whatever dtype the weights are stored
+            in. Default: float32, or float64 for a float64 model; never below the storage dtype.
+
+    Raises:
+        UnsupportedModelError: if no decoder layers, embeddings or unembedding can be found.
+        ModelError: if a weight is not finite; the message names it.
+    """
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        compute_dtype: str | torch.dtype | None = None,
+    ) -> None:
+        self.hf_model = hf_model
+        self.tokenizer = tokenizer
+        self.decoder = _find_decoder(hf_model)
+        self.layers = _find_layers(self.decoder)
+        self.dtype: torch.dtype = hf_model.dtype
+        self.compute_dtype = _compute_dtype(compute_dtype, self.dtype)
+        _refuse_weights_that_are_not_finite(hf_model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        compute_dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        use_safetensors: bool = True,
+        **options: Any,
+    ) -> DetachedModel:
+        """Loads a model and its tokenizer from the Hugging Face hub or a local folder.
+
+        Args:
+            name: hub id or folder; the bundled model if not given.
+            dtype: how the weights are stored; "auto" keeps the checkpoint's own dtype.
+            compute_dtype: how the linear system is computed (see the class).
+            device: device to move the model to; use `device_map` in `options` for several.
+            trust_remote_code: run modelling code that comes with the checkpoint.
+            use_safetensors: refuse weights stored as pickles.
+            **options: passed on to `AutoModelForCausalLM.from_pretrained` (`device_map`,
+                `quantization_config`, `revision`, `token`, …).
+
+        Returns:
+            The wrapped model, in evaluation mode.
+
+        Raises:
+            ModelError: if it cannot be found, has no weights, or is not a causal language model.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = str(BUNDLED_MODEL if name is None else name)
+        shared = {k: options[k] for k in ("revision", "token", "cache_dir") if k in options}
+        try:
+            hf_model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=_dtype(dtype) if dtype != "auto" else "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=use_safetensors,
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:  # the libraries below raise anything from OSError to TypeError
+            raise ModelError(_why_not_loaded(source, error)) from error
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"{source}: the checkpoint has no weights for {_few(missing)}; a model with random "
+                "weights in their place would give meaningless results"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=trust_remote_code, **shared
+            )
+        except (OSError, ValueError, ImportError, KeyError, TypeError):
+            tokenizer = None
+        if device is not None:
+            hf_model = hf_model.to(_device(device))
+        return cls(hf_model.eval(), tokenizer, compute_dtype=compute_dtype)
+
+    def __repr__(self) -> str:
+        """Returns one line naming the model, its size and its precisions."""
+        stored, computed = _name(self.dtype), _name(self.compute_dtype)
+        return (
+            f"DetachedModel({self.name}, {len(self.layers)} layers, d={self.hidden_size}, "
+            f"stored {stored}, computed {computed})"
+        )
+
+    @property
+    def name(self) -> str:
+        """The hub id or folder name the model was loaded from, else its class."""
+        path = self.hf_model.config._name_or_path
+        if Path(path) == BUNDLED_MODEL:
+            return BUNDLED_MODEL.name
+        return path or type(self.hf_model).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input embeddings."""
+        return self.embedding.weight.device
+
+    @cached_property
+    def embedding(self) -> nn.Embedding:
+        """The module that maps ids to input embeddings, (vocabulary, d)."""
+        module = self.hf_model.get_input_embeddings()
+        if not isinstance(module, nn.Embedding):
+            raise UnsupportedModelError(f"{type(module).__name__}: input embeddings not understood")
+        return module
+
+    @cached_property
+    def unembedding(self) -> nn.Linear:
+        """The module that maps the final hidden state to logits, weight (vocabulary, m)."""
+        module = self.hf_model.get_output_embeddings()
+        if not isinstance(module, nn.Linear):
+            raise UnsupportedModelError(f"{type(module).__name__}: unembedding not understood")
+        return module
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the input embeddings."""
+        return int(self.embedding.weight.shape[1])
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest context the model was trained for, in tokens, if its config tells."""
+        return getattr(self.decoder.config, "max_position_embeddings", None)
+
+    # ------------------------------------------------------------------ prompts and tokens
+
+    def encode(self, text: str) -> Tensor:
+        """Returns the token ids (T,) of a text as the tokenizer makes them by default.
+
+        Args:
+            text: the prompt.
+
+        Returns:
+            A 1-D int64 tensor.
+
+        Raises:
+            UsageError: if there is no tokenizer or the text has no tokens.
+        """
+        if self.tokenizer is None:
+            raise UsageError(f"{self.name} has no tokenizer: give token ids or embeddings instead")
+        ids = torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64)
+        if ids.numel() == 0:
+            raise UsageError("the prompt is empty: it has no tokens")
+        return ids
+
+    def token_strings(self, ids: Any) -> list[str]:
+        """Returns the text of each token id by itself (`<id>` where there is no tokenizer)."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        if self.tokenizer is None:
+            return [f"<{i}>" for i in ids]
+        return [str(self.tokenizer.decode([i])) for i in ids]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Returns the input embeddings (T, d) of ids (T,) in `compute_dtype`."""
+        ids = ids.to(self.device)
+        vocabulary = self.embedding.weight.shape[0]
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise UsageError(f"token ids must be in 0 … {vocabulary - 1}")
+        with torch.no_grad(), Freezing(self.compute_dtype):
+            return self.embedding(ids[None])[0].to(self.compute_dtype)
+
+    # ---------------------------------------------------------------------- the model itself
+
+    def predict(self, ids_or_embeddings: Tensor, position: int = -1) -> Prediction:
+        """Runs the untouched model, its weights raised to `compute_dtype` layer by layer.
+
+        Args:
+            ids_or_embeddings: (T,) ids or (T, d) embeddings.
+            position: the position whose final hidden state and logits are wanted.
+
+        Returns:
+            The model's own hidden state and logits at that position.
+        """
+        length = ids_or_embeddings.shape[0]
+        position %= length
+        name = "inputs_embeds" if ids_or_embeddings.is_floating_point() else "input_ids"
+        options: dict[str, Any] = {name: ids_or_embeddings[None].to(self.device)}
+        if "logits_to_keep" in inspect.signature(self.hf_model.forward).parameters:
+            options["logits_to_keep"] = length - position
+        caught: list[Any] = []
+        hook = self.decoder.register_forward_hook(lambda _m, _a, output: caught.append(output))
+        try:
+            with torch.no_grad(), evaluating(self.hf_model), self._raised_weights():
+                logits = self.hf_model(**options, use_cache=False).logits[0]
+        finally:
+            hook.remove()
+        row = 0 if "logits_to_keep" in options else position
+        hidden = last_hidden_state(caught[-1])[0, position]
+        return Prediction(hidden.to(self.compute_dtype), logits[row].to(self.compute_dtype))
+
+    def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
+        """Returns ids (T + new_tokens,): the prompt and its greedy continuation."""
+        for _ in range(new_tokens):
+            best = self.predict(ids).logits.argmax().cpu()
+            ids = torch.cat([ids, best[None]])
+        return ids
+
+    def linearize(self, prompt: str | Tensor, position: int = -1, **options: Any) -> Linearization:
+        """Rewrites the decoder as a linear system for one prompt: `y = Σ J_i x_i + c`.
+
+        Args:
+            prompt: text, token ids (T,), or input embeddings (T, d).
+            position: the position whose final hidden state `y` is the output.
+            **options: `block` and `memory` of `Linearization`.
+
+        Returns:
+            The linear system at this input.
+
+        Raises:
+            UnsupportedModelError: if some operation cannot be linearised exactly; the message
+                names the module.
+            UsageError: if the prompt or position cannot be used.
+        """
+        from elm_lanczos.linearization import Linearization
+
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        embeddings = ids if ids.is_floating_point() else None
+        if ids.ndim != (1 if embeddings is None else 2) or ids.shape[0] == 0:
+            raise UsageError(
+                "a prompt is text, a 1-D tensor of ids or a (T, d) tensor of embeddings, "
+                f"not a tensor of shape {tuple(ids.shape)}"
+            )
+        if not -ids.shape[0] <= position < ids.shape[0]:
+            raise UsageError(f"position {position} is outside the {ids.shape[0]} tokens")
+        if embeddings is None:
+            return Linearization(self, self.embed(ids), position, ids=ids, **options)
+        if embeddings.shape[1] != self.hidden_size:
+            raise UsageError(f"embeddings have width {embeddings.shape[1]}, not {self.hidden_size}")
+        embeddings = embeddings.to(self.device, self.compute_dtype)
+        return Linearization(self, embeddings, position, **options)
+
+    @contextlib.contextmanager
+    def _raised_weights(self) -> Iterator[None]:
+        """Raises stored weights to `compute_dtype` while a layer (or other module) runs."""
+        if self.dtype == self.compute_dtype:
+            yield
+            return
+        target, originals = self.compute_dtype, {}
+
+        def tensors(module: nn.Module, whole: bool) -> list[Tensor]:
+            both = (*module.parameters(recurse=whole), *module.buffers(recurse=whole))
+            return [t for t in both if 0 < precision(t.dtype) < precision(target)]
+
+        def lift(module: nn.Module, whole: bool) -> None:
+            kept = [(t, t.data) for t in tensors(module, whole)]
+            originals[id(module)] = kept
+            for tensor, data in kept:
+                tensor.data = data.to(target)
+
+        def lower(module: nn.Module) -> None:
+            for tensor, data in originals.pop(id(module), ()):
+                tensor.data = data
+
+        inside = {id(m) for layer in self.layers for m in layer.modules()}
+        handles = []
+        for module in self.hf_model.modules():
+            whole = any(module is layer for layer in self.layers)
+            if whole or id(module) not in inside:
+                handles += [
+                    module.register_forward_pre_hook(lambda m, _a, w=whole: lift(m, w)),
+                    module.register_forward_hook(lambda m, _a, _o: lower(m), always_call=True),
+                ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def frozen_attention(self) -> Iterator[None]:
+        """Lets the model's layers look up the frozen attention; restores everything afterwards."""
+        register_attention()
+        configs = {
+            id(c): c
+            for m in self.hf_model.modules()
+            if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")
+        }
+        before = {i: c._attn_implementation_internal for i, c in configs.items()}
+        try:
+            for config in configs.values():
+                config._attn_implementation_internal = IMPLEMENTATION
+            with evaluating(self.hf_model):
+                yield
+        finally:
+            for i, config in configs.items():
+                config._attn_implementation_internal = before[i]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode; restores every module's own flag afterwards."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def last_hidden_state(output: Any) -> Tensor:
+    """Returns the final hidden states (1, T, m) of a decoder's output."""
+    state = getattr(output, "last_hidden_state", None)
+    return state if state is not None else output[0]
+
+
+def _find_decoder(hf_model: PreTrainedModel) -> nn.Module:
+    decoder = hf_model.get_decoder() if hasattr(hf_model, "get_decoder") else hf_model.base_model
+    if decoder is None or decoder is hf_model:
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__}: no decoder found below it; load the model with its "
+            "language-modelling head (AutoModelForCausalLM)"
+        )
+    return decoder
+
+
+def _find_layers(decoder: nn.Module) -> list[nn.Module]:
+    """Finds the decoder layers: the longest list of equally shaped modules of its own."""
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise UnsupportedModelError(f"{type(decoder).__name__}: no list of decoder layers found")
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+
+
+def _compute_dtype(wanted: str | torch.dtype | None, stored: torch.dtype) -> torch.dtype:
+    if wanted is None:
+        return torch.float64 if stored == torch.float64 else torch.float32
+    dtype = _dtype(wanted)
+    if precision(dtype) < max(precision(stored), 4):
+        raise UsageError(
+            f"compute_dtype {_name(dtype)} is too low: it must be float32 or float64, and not "
+            f"below the {_name(stored)} the weights are stored in"
+        )
+    return dtype
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {str(name)!r} cannot be used: {reason}") from error
+    return device
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _why_not_loaded(source: str, error: Exception) -> str:
+    first_line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    if not Path(source).exists() and isinstance(error, OSError):
+        return (
+            f"model {source!r} was not found: it is no local folder, and could not be fetched from "
+            f"the Hugging Face hub ({first_line.strip()[:200]})"
+        )
+    return f"model {source!r} cannot be loaded: {first_line.strip()[:300]}"
+
+
+def _refuse_weights_that_are_not_finite(model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+            raise ModelError(f"{name} holds values that are not finite (NaN or infinity)")

@@ -1,0 +1,139 @@
+"""Writes that survive a crash, and the lock that keeps two runs apart.
+
+Zarr's own LocalStore writes a temporary file and renames it, but leaves both to the page cache: after
+a power cut the rename may be there without the data. Here the file is synced before the rename and
+its folder after it, so that what was written first is on the disk first. The commit record of a
+shard can then never outlive its shard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from elm_lanczos.errors import StoreError
+
+_PARTIAL = ".partial"
+
+
+class DurableStore(LocalStore):
+    """A Zarr store in a local folder whose every write is on the disk when it returns."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write one key; a reader sees the old bytes or the new ones, never a mixture."""
+        self._check_writable()
+        await asyncio.to_thread(_write, self.root / key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write one key unless it is there already."""
+        self._check_writable()
+        await asyncio.to_thread(_write, self.root / key, value, exclusive=True)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write one key from synchronous code."""
+        self._check_writable()
+        _write(self.root / key, value)
+
+
+def remove_partial_files(root: Path) -> None:
+    """Remove what writes that were killed midway have left below `root`."""
+    for path in root.rglob(f"*{_PARTIAL}"):
+        path.unlink()
+
+
+def is_partial(path: Path) -> bool:
+    """Tell whether `path` is the temporary file of a write."""
+    return path.suffix == _PARTIAL
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write the store at `path` into one clear line.
+
+    Raises:
+        StoreError: The disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"no space left to write {path}: the rows committed so far are safe; "
+                "free some space and continue with --resume"
+            ) from error
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class RunLock:
+    """The exclusive right to run on a store, held through a lock on the sibling file `PATH.lock`.
+
+    The kernel drops the lock with the process, however it ends. The file lies outside the store
+    because whatever lies inside is taken for a node of the Zarr hierarchy.
+
+    Args:
+        path: The folder of the store.
+
+    Raises:
+        StoreError: Another process holds the lock, or the file cannot be created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = filelock.FileLock(path.with_name(path.name + ".lock"), timeout=0)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except filelock.Timeout:
+                raise StoreError(
+                    f"{path} is in use by another run: wait for it to end or choose another --out"
+                ) from None
+
+    def release(self) -> None:
+        """Give the right back and remove the file; a second call does nothing."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+
+def _write(path: Path, value: Buffer, *, exclusive: bool = False) -> None:
+    _make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(value.as_buffer_like())
+            file.flush()
+            os.fsync(file.fileno())
+        if exclusive:
+            os.link(partial, path)
+        else:
+            partial.replace(path)
+    except FileExistsError:
+        if not exclusive:
+            raise
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
