@@ -151,9 +151,9 @@ class Freezing(TorchFunctionMode):
 
     Nothing that depends on the input is ever computed below `compute_dtype`: weights stored in a
     lower precision are raised where they are used, one operation at a time, and casts that would
-    lower a tensor (`.to(float32)` inside a norm of a float64 model) leave it as it is. What does
-    not depend on the input (rotary tables, masks) is computed as the model writes it, but never
-    below float32.
+    lower a tensor (`.to(float32)` inside a norm of a float64 model) leave it as it is; the same
+    holds for what is made of weights alone (`1 + weight.float()`). Other constants (rotary tables,
+    masks) are computed as the model writes them, but never below float32.
 
     Args:
         compute_dtype: working precision of the linear path.
@@ -204,7 +204,9 @@ class Freezing(TorchFunctionMode):
             return func(*args, **kwargs)
         marks = _marks(args, kwargs)
         if not marks:
-            return self.call(func, args, kwargs, floor=torch.float32)
+            of_weights = any(isinstance(leaf, nn.Parameter) for leaf in flatten((args, kwargs)))
+            floor = self.compute_dtype if of_weights else torch.float32
+            return self.call(func, args, kwargs, floor)
         rule = self.rules.get(name)
         if rule is not None:
             return rule(self, func, args, kwargs)
@@ -378,6 +380,7 @@ def affine(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     linear_input = any(m.kind == Kind.LINEAR for m in _marks(given["input"], given["weight"]))
     if mode.without_constants and linear_input and bias is not None and mark_of(bias) is None:
         bias = None
+    bias = mode.raise_precision(bias)
 
     def apply(x: Tensor, W: Tensor, **options: Any) -> Any:
         return func(x, W, bias, *args[3:], **options)
@@ -643,7 +646,7 @@ _COEFFICIENT = (
     "pow square rsqrt sqrt reciprocal exp exp2 expm1 log log1p log2 softmax log_softmax sigmoid "
     "logsigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin clamp "
     "clamp_min clamp_max maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod "
-    "prod eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not "
+    "prod rdiv rtruediv eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not "
     "bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor "
     "any all normalize detach data"
 )

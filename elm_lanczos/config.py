@@ -1,0 +1,147 @@
+"""The options of a run: one validated record, from a YAML file and the command line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from elm_lanczos.errors import UsageError
+
+StoredDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+ComputeDtype = Literal["float64", "float32"]
+Method = Literal["auto", "lanczos", "stream", "dense"]
+
+
+class RunConfig(BaseModel):
+    """Everything that decides what `elm-lanczos run` computes and where it goes.
+
+    The fields are the keys of a `--config` file and, with dashes, the options of the command line.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(None, description="Hugging Face id or folder; default: bundled model")
+    revision: str | None = Field(None, description="revision of the model on the hub")
+    k: int = Field(16, ge=1, description="singular triplets per token")
+    seq_file: str | None = Field(None, description="prompts, one a line, or JSON lines; - for stdin")
+    text: str | None = Field(None, description="one prompt")
+    generate: int = Field(0, ge=0, description="greedy tokens to append, each one's system solved")
+    out: str | None = Field(None, description="folder of the result store")
+    dtype: StoredDtype = Field("auto", description="dtype the weights are stored in")
+    compute_dtype: ComputeDtype | None = Field(None, description="dtype everything is computed in")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, …")
+    device_map: str | None = Field(None, description="accelerate's placement, for example auto")
+    method: Method = Field("auto", description="how the triplets are computed")
+    tol: float | None = Field(None, gt=0, description="residual to reach, relative to σ₁")
+    tokens: str = Field("all", description="positions: all, last:8, 0,5,9 or start:stop:step")
+    batch: int | None = Field(None, ge=1, description="vectors pushed through a layer at once")
+    top: int = Field(8, ge=1, le=64, description="decoded words per direction")
+    seed: int = Field(0, ge=0, description="seed of every random vector")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    allow_pickle: bool = Field(False, description="load weights that are not safetensors")
+
+    @model_validator(mode="after")
+    def _one_source_of_prompts(self) -> RunConfig:
+        if (self.seq_file is None) == (self.text is None):
+            raise ValueError("give prompts with either --seq-file FILE or --text TEXT")
+        return self
+
+
+def run_config(file: Path | None, given: dict[str, Any]) -> RunConfig:
+    """Returns the options of a run: those given over those of the file over the defaults.
+
+    Args:
+        file: a YAML file of options, or None.
+        given: options by field name; None means not given.
+
+    Returns:
+        The validated options.
+
+    Raises:
+        UsageError: if a key is unknown (the nearest is named) or a value cannot be used.
+    """
+    options = _read_yaml(file) if file is not None else {}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given.keys() & {"text", "seq_file"}:  # one source given replaces the other in the file
+        options = {k: v for k, v in options.items() if k not in ("text", "seq_file")}
+    try:
+        return RunConfig(**(options | given))
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"config {file} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {file} cannot be read: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"config {file} is not plain YAML: {reason}") from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise UsageError(f"config {file} must be a list of `key: value` lines")
+    options = {str(key).replace("-", "_"): value for key, value in options.items()}
+    for key in options:
+        if key not in RunConfig.model_fields:
+            raise UsageError(f"config {file}: unknown key {key!r}{nearest(key)}")
+    return options
+
+
+def nearest(key: str) -> str:
+    """Returns a hint naming the option that looks most like `key`, or nothing."""
+    close = difflib.get_close_matches(key, list(RunConfig.model_fields), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    field = ".".join(str(part) for part in first["loc"])
+    if not field:
+        return message
+    return f"--{field.replace('_', '-')} {first.get('input')!r}: {message[0].lower()}{message[1:]}"
+
+
+def select_tokens(spec: str, length: int) -> list[int]:
+    """Returns the token positions that `--tokens` names, in ascending order.
+
+    Args:
+        spec: `all`, `last:N`, `first:N`, positions `0,5,-1`, or a slice `start:stop:step`.
+        length: number of tokens T.
+
+    Returns:
+        Positions in 0 … T - 1, each once.
+
+    Raises:
+        UsageError: if the selection cannot be read, is outside the prompt, or is empty.
+    """
+    spec = spec.strip()
+    everything = range(length)
+    try:
+        if spec == "all":
+            chosen: Any = everything
+        elif spec.startswith("last:"):
+            chosen = everything[-int(spec[5:]) :] if int(spec[5:]) else []
+        elif spec.startswith("first:"):
+            chosen = everything[: int(spec[6:])]
+        elif ":" in spec:
+            chosen = everything[slice(*(int(p) if p else None for p in spec.split(":")))]
+        else:
+            chosen = [everything[int(part)] for part in spec.split(",")]
+    except IndexError as error:
+        raise UsageError(f"--tokens {spec}: the prompt has only {length} tokens") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"--tokens {spec}: use all, last:8, first:8, positions such as 0,5,9, or start:stop:step"
+        ) from error
+    if not chosen:
+        raise UsageError(f"--tokens {spec} selects none of the {length} tokens")
+    return sorted(set(chosen))
