@@ -114,6 +114,8 @@ class Linearization:
         block: how many vectors are pushed through a segment at once; chosen from the sequence
             length if not given.
         memory: bytes that linearised segments and blocks may use; half of what is free if not given.
+        keep: hold every linearised segment, or linearise it anew for each block of vectors; decided
+            from the memory if not given.
         rules: another rule table, only to test what a wrong rule does.
 
     Raises:
@@ -130,6 +132,7 @@ class Linearization:
         ids: Tensor | None = None,
         block: int | None = None,
         memory: int | None = None,
+        keep: bool | None = None,
         rules: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
@@ -144,7 +147,7 @@ class Linearization:
             raise ModelError(f"{model.name}: the forward pass gives values that are not finite")
         self.block = self._default_block() if block is None else block
         self._maps: dict[int, LinearMap] = {}
-        self._keep = self._bytes_of_maps() <= self.memory // 2
+        self.keep = self._bytes_of_maps() <= self.memory // 2 if keep is None else keep
 
     def __repr__(self) -> str:
         """Returns one line with the shapes of the system."""
@@ -322,7 +325,7 @@ class Linearization:
             return torch.func.vmap(lambda v: push_forward[0](v)[0])(tangents)
 
         result = LinearMap(vjp, jvp)
-        if self._keep:
+        if self.keep:
             self._maps[index] = result
         return result
 

@@ -110,7 +110,7 @@ class DetachedModel:
         Raises:
             ModelError: if it cannot be found, has no weights, or is not a causal language model.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         source = str(BUNDLED_MODEL if name is None else name)
         shared = {k: options[k] for k in ("revision", "token", "cache_dir") if k in options}
@@ -130,12 +130,7 @@ class DetachedModel:
                 f"{source}: the checkpoint has no weights for {_few(missing)}; a model with random "
                 "weights in their place would give meaningless results"
             )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=trust_remote_code, **shared
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError):
-            tokenizer = None
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **shared)
         if device is not None:
             hf_model = hf_model.to(_device(device))
         return cls(hf_model.eval(), tokenizer, compute_dtype=compute_dtype)
@@ -210,10 +205,7 @@ class DetachedModel:
 
     def token_strings(self, ids: Any) -> list[str]:
         """Returns the text of each token id by itself (`<id>` where there is no tokenizer)."""
-        ids = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
-        if self.tokenizer is None:
-            return [f"<{i}>" for i in ids]
-        return [str(self.tokenizer.decode([i])) for i in ids]
+        return token_strings(self.tokenizer, ids)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns the input embeddings (T, d) of ids (T,) in `compute_dtype`."""
@@ -266,7 +258,7 @@ class DetachedModel:
         Args:
             prompt: text, token ids (T,), or input embeddings (T, d).
             position: the position whose final hidden state `y` is the output.
-            **options: `block` and `memory` of `Linearization`.
+            **options: `block`, `memory` and `keep` of `Linearization`.
 
         Returns:
             The linear system at this input.
@@ -349,6 +341,35 @@ class DetachedModel:
         finally:
             for i, config in configs.items():
                 config._attn_implementation_internal = before[i]
+
+
+def load_tokenizer(source: str | Path | None, **options: Any) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of a model, or None where there is none to be had.
+
+    Args:
+        source: hub id or folder; the bundled model if None.
+        **options: passed on to `AutoTokenizer.from_pretrained`.
+
+    Returns:
+        The tokenizer or None.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(BUNDLED_MODEL if source is None else source), **options
+        )
+    except Exception:  # whatever is wrong with it, ids can be used and shown instead
+        return None
+    return tokenizer
+
+
+def token_strings(tokenizer: PreTrainedTokenizerBase | None, ids: Any) -> list[str]:
+    """Returns the text of each token id by itself (`<id>` where there is no tokenizer)."""
+    ids = [int(i) for i in ids]
+    if tokenizer is None:
+        return [f"<{i}>" for i in ids]
+    return [str(tokenizer.decode([i])) for i in ids]
 
 
 @contextlib.contextmanager

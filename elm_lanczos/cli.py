@@ -1,0 +1,258 @@
+"""The command line. It reads options and prints; everything else happens in `run` and `report`.
+
+Heavy imports stay inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from elm_lanczos.errors import ElmLanczosError, UsageError
+
+if TYPE_CHECKING:
+    from elm_lanczos.report.record import Words
+    from elm_lanczos.run import Outcome
+    from elm_lanczos.store import PromptResult
+
+EXIT_ERROR, EXIT_USAGE, EXIT_NOT_CERTAIN, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
+
+app = typer.Typer(
+    name="elm-lanczos",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="See a language model's computation as linear algebra.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """See a language model's computation as linear algebra.
+
+    For one input a decoder is rewritten exactly as y = Σ J_i x_i + c; the leading singular triplets
+    of each token's Jacobian J_i say in words what the model reads and what it writes.
+    """
+    if version:
+        from elm_lanczos import __version__
+
+        typer.echo(f"elm-lanczos {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples:  elm-lanczos run --k 16 --seq-file prompts.txt  ·  "
+    "elm-lanczos run --text 'the Soviet Union and the' --generate 3  ·  "
+    "elm-lanczos run --config configs/demo.yaml --out demo.zarr --resume"
+)
+def run(
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face id or folder  [default: bundled model]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    k: Annotated[int | None, typer.Option(help="Triplets per token  [default: 16]")] = None,
+    seq_file: Annotated[
+        str | None,
+        typer.Option(help="Prompts: text, one a line, or JSON lines with text and id; - for stdin."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Append N greedy tokens; solve each prediction's system."),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Result store  [default: runs/<date>_<time>.zarr]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="How weights are stored: auto, float64, float32, bfloat16, float16."),
+    ] = None,
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="How everything is computed: float32 or float64.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="auto, lanczos, stream, or dense  [default: auto]")
+    ] = None,
+    tol: Annotated[
+        float | None,
+        typer.Option(help="Residual relative to σ₁  [default: 1e-5 float32, 1e-10 float64]"),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens: all, last:8, first:8, 0,5,9 or start:stop:step  [default: all]"),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Vectors pushed through a layer at once.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(help="Words per direction  [default: 8]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random vector.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of these options; options given here win.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the store at --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the store at --out.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Load weights that are no safetensors.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per prediction.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Compute, decode and store the singular triplets of every prompt."""
+    from elm_lanczos.config import run_config
+
+    given = {
+        "model": model,
+        "revision": revision,
+        "k": k,
+        "seq_file": seq_file,
+        "text": text,
+        "generate": generate,
+        "out": out,
+        "dtype": dtype,
+        "compute_dtype": compute_dtype,
+        "device": device,
+        "device_map": device_map,
+        "method": method,
+        "tol": tol,
+        "tokens": tokens,
+        "batch": batch,
+        "top": top,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
+    options = run_config(config, given)
+    _silence_libraries()
+    from elm_lanczos.report.json_lines import JsonLines
+    from elm_lanczos.report.terminal import Terminal
+    from elm_lanczos.run import run as run_prompts
+
+    with JsonLines() if json else Terminal(quiet=quiet) as observer:
+        outcome = run_prompts(options, observer, resume=resume, overwrite=overwrite)
+    _warn(outcome, quiet=quiet or json)
+
+
+@app.command(epilog="Example:  elm-lanczos show runs/demo.zarr --prompt 2")
+def show(
+    store: Annotated[Path, typer.Argument(help="A result store.")],
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="Number of a prompt, from 1; may be repeated.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per prediction.")
+    ] = False,
+) -> None:
+    """Print stored results again."""
+    from elm_lanczos.report.json_lines import JsonLines
+    from elm_lanczos.report.terminal import Terminal
+    from elm_lanczos.store import open_results
+
+    _silence_libraries()
+    results = open_results(store)
+    numbers = range(1, len(results) + 1)
+    for number in prompt or ():
+        if number not in numbers:
+            raise UsageError(f"--prompt {number}: {store} has prompts 1 to {len(results)}")
+    words = _words_of(results.attrs)
+    with JsonLines() if json else Terminal() as observer:
+        observer.opened(store, words)
+        for number in prompt or numbers:
+            result = results[number - 1]
+            for prediction in (result, *result.positions.values()):
+                observer.started(number - 1, len(results), prediction.text)
+                observer.finished(prediction)
+
+
+def _words_of(attrs: Any) -> Words:
+    """Returns the texts of token ids by the tokenizer of a store's model, if it can be found."""
+    from elm_lanczos.model import load_tokenizer, token_strings
+
+    config = attrs.get("config") or {}
+    tokenizer = load_tokenizer(config.get("model"), revision=config.get("revision"))
+    return lambda ids: token_strings(tokenizer, ids)
+
+
+def _warn(outcome: Outcome, *, quiet: bool) -> None:
+    """Says what is not certain, and ends with the exit code that stands for it."""
+    if not quiet:
+        typer.echo(f"results in {outcome.path}  (again: elm-lanczos show {outcome.path})")
+    problems = []
+    if outcome.not_converged:
+        problems.append(f"{outcome.not_converged} rows did not converge (try a larger --tol)")
+    if outcome.not_exact:
+        problems.append(f"{outcome.not_exact} predictions are not exact within their bounds")
+    if problems:
+        typer.echo(f"warning: {'; '.join(problems)}", err=True)
+        raise typer.Exit(EXIT_NOT_CERTAIN)
+
+
+def _silence_libraries() -> None:
+    """Keeps the libraries below from printing: their messages are not for this command's user."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main() -> None:
+    """Runs the command line; every error is one line and an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+    except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit) as error:
+        if isinstance(error, click.UsageError):
+            typer.echo(error.format_message())
+        code = getattr(error, "exit_code", 0)
+    except click.ClickException as error:
+        code = _fail(error.format_message(), EXIT_USAGE)
+    except UsageError as error:
+        code = _fail(str(error), EXIT_USAGE)
+    except ElmLanczosError as error:
+        code = _fail(str(error), EXIT_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted; finished rows are kept: go on with --resume", EXIT_INTERRUPTED)
+    except _Terminated:
+        code = _fail("terminated; finished rows are kept: go on with --resume", EXIT_TERMINATED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_ERROR
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    from elm_lanczos.report.text import printable
+
+    typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+    return code
