@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from elm_lanczos.errors import ElmLanczosError, UsageError
@@ -20,13 +19,11 @@ from elm_lanczos.errors import ElmLanczosError, UsageError
 if TYPE_CHECKING:
     from elm_lanczos.report.record import Words
     from elm_lanczos.run import Outcome
-    from elm_lanczos.store import PromptResult
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOT_CERTAIN, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
 app = typer.Typer(
     name="elm-lanczos",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -48,7 +45,8 @@ def _main(
         from elm_lanczos import __version__
 
         typer.echo(f"elm-lanczos {__version__}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command(
@@ -58,13 +56,15 @@ def _main(
 )
 def run(
     model: Annotated[
-        str | None, typer.Option(help="Hugging Face id or folder  [default: bundled model]")
+        str | None, typer.Option(help="Hugging Face id or folder (default: bundled model)")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
-    k: Annotated[int | None, typer.Option(help="Triplets per token  [default: 16]")] = None,
+    k: Annotated[int | None, typer.Option(help="Triplets per token (default: 16)")] = None,
     seq_file: Annotated[
         str | None,
-        typer.Option(help="Prompts: text, one a line, or JSON lines with text and id; - for stdin."),
+        typer.Option(
+            help="Prompts: text, one a line, or JSON lines with text and id; - for stdin."
+        ),
     ] = None,
     text: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     generate: Annotated[
@@ -72,7 +72,7 @@ def run(
         typer.Option(metavar="N", help="Append N greedy tokens; solve each prediction's system."),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="Result store  [default: runs/<date>_<time>.zarr]")
+        str | None, typer.Option(help="Result store (default: runs/<date>_<time>.zarr)")
     ] = None,
     dtype: Annotated[
         str | None,
@@ -86,20 +86,20 @@ def run(
         str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="auto, lanczos, stream, or dense  [default: auto]")
+        str | None, typer.Option(help="auto, lanczos, stream, or dense (default: auto)")
     ] = None,
     tol: Annotated[
         float | None,
-        typer.Option(help="Residual relative to σ₁  [default: 1e-5 float32, 1e-10 float64]"),
+        typer.Option(help="Residual relative to σ₁ (default: 1e-5 float32, 1e-10 float64)"),
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Tokens: all, last:8, first:8, 0,5,9 or start:stop:step  [default: all]"),
+        typer.Option(help="Tokens: all, last:8, first:8, 0,5,9 or start:stop:step (default: all)"),
     ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Vectors pushed through a layer at once.")
     ] = None,
-    top: Annotated[int | None, typer.Option(help="Words per direction  [default: 8]")] = None,
+    top: Annotated[int | None, typer.Option(help="Words per direction (default: 8)")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random vector.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of these options; options given here win.")
@@ -211,6 +211,7 @@ def _warn(outcome: Outcome, *, quiet: bool) -> None:
 def _silence_libraries() -> None:
     """Keeps the libraries below from printing: their messages are not for this command's user."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
@@ -218,37 +219,43 @@ def _silence_libraries() -> None:
     logging.disable_progress_bar()
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
+class _Signalled(BaseException):
+    """SIGINT or SIGTERM arrived."""
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+def _raise(number: int, _frame: FrameType | None) -> None:
+    raise _Signalled(number)
 
 
 def main() -> None:
     """Runs the command line; every error is one line and an exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _SIGNALS:
+        signal.signal(number, _raise)
     try:
         code = app(standalone_mode=False)
-    except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit) as error:
-        if isinstance(error, click.UsageError):
-            typer.echo(error.format_message())
-        code = getattr(error, "exit_code", 0)
-    except click.ClickException as error:
+    except _CommandLineError as error:
         code = _fail(error.format_message(), EXIT_USAGE)
     except UsageError as error:
         code = _fail(str(error), EXIT_USAGE)
     except ElmLanczosError as error:
         code = _fail(str(error), EXIT_ERROR)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; finished rows are kept: go on with --resume", EXIT_INTERRUPTED)
-    except _Terminated:
-        code = _fail("terminated; finished rows are kept: go on with --resume", EXIT_TERMINATED)
+    except _Signalled as error:
+        word, code = _SIGNALS[error.args[0]]
+        _fail(f"{word}; finished rows are kept: go on with --resume --out STORE", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_ERROR
     sys.exit(code or 0)
+
+
+_SIGNALS = {
+    signal.SIGINT: ("interrupted", EXIT_INTERRUPTED),
+    signal.SIGTERM: ("terminated", EXIT_TERMINATED),
+}
+_CommandLineError: Any = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+"""What Typer raises for options it cannot parse (the class itself is not public)."""
 
 
 def _fail(message: str, code: int) -> int:

@@ -27,7 +27,9 @@ class RunConfig(BaseModel):
     model: str | None = Field(None, description="Hugging Face id or folder; default: bundled model")
     revision: str | None = Field(None, description="revision of the model on the hub")
     k: int = Field(16, ge=1, description="singular triplets per token")
-    seq_file: str | None = Field(None, description="prompts, one a line, or JSON lines; - for stdin")
+    seq_file: str | None = Field(
+        None, description="prompts, one a line, or JSON lines; - for stdin"
+    )
     text: str | None = Field(None, description="one prompt")
     generate: int = Field(0, ge=0, description="greedy tokens to append, each one's system solved")
     out: str | None = Field(None, description="folder of the result store")

@@ -162,9 +162,7 @@ class Linearization:
     # ------------------------------------------------------------------------ the trace
 
     def _freezing(self, module: str, **options: Any) -> Freezing:
-        return Freezing(
-            self.model.compute_dtype, rules=self._rules, module=module, **options
-        )
+        return Freezing(self.model.compute_dtype, rules=self._rules, module=module, **options)
 
     def _trace(self) -> tuple[list[Segment], Tensor]:
         """Runs the frozen decoder once and records the chain and its final hidden states."""
@@ -243,7 +241,9 @@ class Linearization:
             self._require_linear(stream, f"{name} ({type(layer).__name__})")
             function = _with_stream(layer, args, kwargs, before)
             segments.append(Segment(name, function, before.detach()))
-        final = [m for m, args, result in norms if result is output and args[:1] and args[0] is stream]
+        final = [
+            m for m, args, result in norms if result is output and args[:1] and args[0] is stream
+        ]
         if not final and stream is not output:
             raise UnsupportedModelError(
                 f"{type(self.model.decoder).__name__}: its output is not the final norm of the "

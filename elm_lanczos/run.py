@@ -23,7 +23,7 @@ from torch import Tensor
 from elm_lanczos.analysis import attribute
 from elm_lanczos.config import RunConfig, select_tokens
 from elm_lanczos.decode import decode_triplets
-from elm_lanczos.errors import ModelError, UsageError
+from elm_lanczos.errors import UsageError
 from elm_lanczos.linearization import Certificate, Linearization
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import TokenOperators

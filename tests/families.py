@@ -34,9 +34,7 @@ _GEMMA3 = {
 }
 CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**_SMALL),
-    "llama-biased": lambda: transformers.LlamaConfig(
-        **_SMALL, attention_bias=True, mlp_bias=True
-    ),
+    "llama-biased": lambda: transformers.LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True),
     "qwen3": lambda: transformers.Qwen3Config(**_SMALL),
     "gemma3": lambda: transformers.Gemma3TextConfig(**(_SMALL | _GEMMA3)),
 }
@@ -55,7 +53,9 @@ def hf_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
     return model.to(dtype)
 
 
-def detached_model(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> DetachedModel:
+def detached_model(
+    family: str, dtype: torch.dtype = torch.float64, **options: Any
+) -> DetachedModel:
     """Returns the random model wrapped."""
     return DetachedModel(hf_model(family, dtype), **options)
 

@@ -28,7 +28,7 @@ from tests.test_linearization import Sinc
 F64 = torch.float64
 
 
-def run(function, x: torch.Tensor, **options):  # noqa: ANN001, ANN201 (a test's lambda)
+def run(function, x: torch.Tensor, **options):
     with torch.no_grad(), Freezing(F64, **options):
         return function(linear(x))
 
@@ -57,7 +57,7 @@ def run(function, x: torch.Tensor, **options):  # noqa: ANN001, ANN201 (a test's
         (lambda x: torch.zeros_like(x) + 1, None),
     ],
 )
-def test_kind_of_result(function, kind: Kind | None) -> None:  # noqa: ANN001
+def test_kind_of_result(function, kind: Kind | None) -> None:
     mark = mark_of(run(function, torch.randn(6, dtype=F64)))
     assert (mark.kind if mark else None) == kind
 
@@ -137,7 +137,7 @@ def test_decisions_are_replayed_like_coefficients() -> None:
 @pytest.mark.parametrize(
     "call", [torch.add, torch.Tensor.add_, torch.Tensor.__iadd__, torch.Tensor.__radd__]
 )
-def test_spellings_of_one_operation_share_a_name(call) -> None:  # noqa: ANN001
+def test_spellings_of_one_operation_share_a_name(call) -> None:
     assert function_name(call) == "add"
 
 
@@ -173,9 +173,7 @@ def test_attention_equals_torch(kv_heads: int) -> None:
     q = torch.randn(1, 4, 7, 8, dtype=F64)
     k, v = torch.randn(2, 1, kv_heads, 7, 8, dtype=F64)
     mask = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
-    expected = nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, scale=0.3, enable_gqa=True
-    )
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
     assert torch.allclose(attention(q, k, v, mask, 0.3), expected)
 
 

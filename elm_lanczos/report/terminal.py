@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     Progress,
@@ -33,17 +33,18 @@ _ROWS = 40
 _DIRECTIONS = 2
 """Leading directions decoded in the table."""
 
-_WORDS = 4
-"""Words shown of each direction."""
+_TOKEN_WIDTH, _NUMBERS_WIDTH = 16, 36
+"""Columns of the widest token shown, and of the numbers with all padding."""
 
 
-def render(result: PromptResult, words: Words, title: str = "") -> RenderableType:
+def render(result: PromptResult, words: Words, title: str = "", width: int = 100) -> RenderableType:
     """Returns one prediction as a table with its certificate.
 
     Args:
         result: one prediction of a store.
         words: texts of token ids.
         title: what to put before the prompt, such as its number.
+        width: columns of the terminal.
 
     Returns:
         Something rich can print.
@@ -51,7 +52,7 @@ def render(result: PromptResult, words: Words, title: str = "") -> RenderableTyp
     parts: list[RenderableType] = [_heading(result, title)]
     if result.attrs.get("predicted"):
         parts.append(_prediction(result))
-    parts.append(_table(result, words))
+    parts.append(_table(result, words, width))
     hidden = len(result.tokens) - _ROWS
     if hidden > 0:
         parts.append(Text(f"… and {hidden} earlier tokens, in the store", style="dim"))
@@ -78,37 +79,34 @@ def _prediction(result: PromptResult) -> Text:
     return line
 
 
-def _table(result: PromptResult, words: Words) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=False, pad_edge=False)
-    table.add_column("token", no_wrap=True, max_width=16, overflow="ellipsis")
-    table.add_column("logit", justify="right", no_wrap=True)
+def _table(result: PromptResult, words: Words, width: int) -> Table:
+    shown = range(max(0, len(result.tokens) - _ROWS), len(result.tokens))
+    tokens = [token_text(result.tokens[i]) for i in shown]
+    widest = max(4, min(_TOKEN_WIDTH, max(cell_len(token) for token in tokens)))
+    room = max(12, (width - widest - _NUMBERS_WIDTH) // 2)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("token", no_wrap=True, max_width=_TOKEN_WIDTH, overflow="ellipsis")
+    for name in ("share of\nlogit", "σ₁\nσ₂", "stable\nrank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("reads\n(v₁ v₂ as input)", no_wrap=True, width=room)
+    table.add_column("writes\n(u₁ u₂ as output)", no_wrap=True, width=room)
     count = min(_DIRECTIONS, result.S.shape[1])
-    table.add_column("σ", justify="right", no_wrap=True)
-    table.add_column("stable\nrank", justify="right", no_wrap=True)
-    table.add_column("reads (v)", ratio=1, no_wrap=True, overflow="ellipsis")
-    table.add_column("writes (u)", ratio=1, no_wrap=True, overflow="ellipsis")
-    table.expand = True
     size = float(np.nanmax(np.abs(result.attribution), initial=0.0)) or 1.0
-    for i in range(max(0, len(result.tokens) - _ROWS), len(result.tokens)):
+    for i, token in zip(shown, tokens, strict=True):
         share = float(result.attribution[i])
-        status = Status(int(result.status[i]))
-        token = Text(token_text(result.tokens[i]))
         logit = Text(f"{share:+.2f}", style=_share_style(share / size))
+        status = Status(int(result.status[i]))
         if status in (Status.NOT_REQUESTED, Status.PENDING):
             table.add_row(token, logit, Text(status.name.lower().replace("_", " "), style="dim"))
             continue
-        mark = "" if status != Status.NOT_CONVERGED else " !"
-        rank = f"{result.stable_rank[i]:.2f}"
         values = [f"{s:.4g}" for s in result.S[i, :count]]
-        values[0] += mark
-        table.add_row(
-            token,
-            logit,
-            _lines(values),
-            Text(rank),
-            _lines(_join(words(ids[:_WORDS])) for ids in result.v_token[i, :count].tolist()),
-            _lines(_join(words(ids[:_WORDS])) for ids in result.u_token[i, :count].tolist()),
+        values[0] += "" if status != Status.NOT_CONVERGED else " !"
+        reads, writes = (
+            _lines(_fit(words(ids), room) for ids in side[i, :count].tolist())
+            for side in (result.v_token, result.u_token)
         )
+        rank = f"{result.stable_rank[i]:.2f}"
+        table.add_row(Text(token), logit, _lines(values), Text(rank), reads, writes)
     return table
 
 
@@ -126,8 +124,19 @@ def _lines(values: Iterable[str]) -> Text:
     return text
 
 
-def _join(tokens: list[str]) -> str:
-    return "  ".join(printable(t.strip()) or token_text(t) for t in tokens)
+def _fit(tokens: list[str], room: int) -> str:
+    """As many of the words as fit, at least one."""
+    line = ""
+    for token in tokens:
+        word = printable(token.strip()) or token_text(token)
+        if line and cell_len(line) + 2 + cell_len(word) > room:
+            break
+        line += ("  " if line else "") + word
+    return line
+
+
+def _figure(value: float) -> str:
+    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _certificate(result: PromptResult) -> Text:
@@ -141,7 +150,7 @@ def _certificate(result: PromptResult) -> Text:
         line.append("NOT EXACT: " + ", ".join(figures["failures"]), style="bold red")
     line.append(f" ({figures['dtype']}): ", style="dim")
     names = ("reconstruction", "leak", "adjoint", "fidelity", "residual", "orthogonality")
-    shown = [f"{name} {figures[name]:.0e}" for name in names if figures.get(name) is not None]
+    shown = [f"{name} {_figure(figures[name])}" for name in names if figures.get(name) is not None]
     line.append(" · ".join(shown))
     wrong = int((result.status == Status.NOT_CONVERGED).sum())
     if wrong:
@@ -155,9 +164,9 @@ def _where(result: PromptResult) -> Text:
     line = Text(style="dim", overflow="fold")
     if share:
         total = float(result.attribution.sum()) + share["constant"] + share["bias"]
-        line.append(f"logit {share['logit']:.4f} = tokens {float(result.attribution.sum()):.4f}")
-        line.append(f" + constant {share['constant'] + share['bias']:.4f}")
-        line.append(f" (off by {abs(total - share['logit']):.0e})\n")
+        line.append(f"logit {share['logit']:.4f} = {float(result.attribution.sum()):.4f} (tokens)")
+        line.append(f" + {share['constant'] + share['bias']:.4f} (constant)")
+        line.append(f" (off by {_figure(abs(total - share['logit']))})\n")
     line.append(f"{plan['reason']}; {result.attrs.get('seconds', 0):.1f} s\n")
     return line.append(f"{result.path}")
 
@@ -225,4 +234,4 @@ class Terminal:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
-        self.out.print(Padding(render(result, self.words, self._title), (0, 0, 0, 0)))
+        self.out.print(render(result, self.words, self._title, self.out.width))

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
 def to_json(value: object) -> Json:

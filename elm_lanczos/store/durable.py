@@ -1,9 +1,9 @@
 """Writes that survive a crash, and the lock that keeps two runs apart.
 
-Zarr's own LocalStore writes a temporary file and renames it, but leaves both to the page cache: after
-a power cut the rename may be there without the data. Here the file is synced before the rename and
-its folder after it, so that what was written first is on the disk first. The commit record of a
-shard can then never outlive its shard.
+Zarr's own LocalStore writes a temporary file and renames it, but leaves both to the page cache:
+after a power cut the rename may be there without the data. Here the file is synced before the
+rename and its folder after it, so that what was written first is on the disk first. The commit
+record of a shard can then never outlive its shard.
 """
 
 from __future__ import annotations
@@ -55,6 +55,14 @@ def is_partial(path: Path) -> bool:
     return path.suffix == _PARTIAL
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, so that they are still there after a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal to write the store at `path` into one clear line.
@@ -87,9 +95,10 @@ class RunLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = filelock.FileLock(path.with_name(path.name + ".lock"), timeout=0)
+        folder = path.resolve()  # a store reached through a link has the same lock
+        self._lock = filelock.FileLock(folder.with_name(folder.name + ".lock"), timeout=0)
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             try:
                 self._lock.acquire()
             except filelock.Timeout:
@@ -105,7 +114,7 @@ class RunLock:
 
 
 def _write(path: Path, value: Buffer, *, exclusive: bool = False) -> None:
-    _make_folder(path.parent)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
         with partial.open("wb") as file:
@@ -122,13 +131,6 @@ def _write(path: Path, value: Buffer, *, exclusive: bool = False) -> None:
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

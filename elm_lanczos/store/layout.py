@@ -1,13 +1,14 @@
 """What a prompt's group holds: every array with its dimensions, type, chunks, shards and codecs.
 
-All arrays have their final shape from the start. Along the token axis they are cut where the *owners*
-are: one owner is a range of tokens computed and committed as a whole, the entire prompt up to 128
-tokens and 64 tokens beyond. No two owners ever share a file, so no two processes ever write the
-same one.
+All arrays have their final shape from the start. Along the token axis they are cut where the
+*owners* are: one owner is a range of tokens computed and committed as a whole, the entire prompt up
+to 128 tokens and 64 tokens beyond. No two owners ever share a file, so no two processes ever write
+the same one.
 
 The long rows of `U` and `V` are chunks of their own inside the owner's shard, so that one token can
-be read alone; the short rows of the other arrays make one chunk per owner. Every chunk is compressed
-by Blosc (lz4, bitshuffle) and carries a crc32c, without which a flipped bit goes unnoticed.
+be read alone; the short rows of the other arrays make one chunk per owner. Every chunk is
+compressed by Blosc (lz4, bitshuffle) and carries a crc32c, without which a flipped bit goes
+unnoticed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from elm_lanczos.status import Status
 
+FORMAT = "elm-lanczos results"
 SCHEMA_VERSION = 1
 WHOLE_PROMPT_TOKENS = 128
 OWNER_TOKENS = 64
@@ -85,6 +87,11 @@ class PromptHeader:
             raise ValueError(f"position must lie in 0 … {tokens - 1}")
 
     @property
+    def output_position(self) -> int:
+        """The output position whose prediction is explained."""
+        return len(self.token_ids) - 1 if self.position is None else self.position
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The length of every dimension."""
         return {
@@ -130,7 +137,7 @@ class ArraySpec:
 
 _TRIPLET = ("token", "component")
 _DECODED = ("token", "component", "rank_order")
-STATUS_ATTRS = {
+STATUS_ATTRS: Mapping[str, Any] = {
     "long_name": "state of the token's triplets",
     "flag_values": [int(status) for status in Status],
     "flag_meanings": " ".join(status.name.lower() for status in Status),

@@ -12,7 +12,7 @@ from zarr.storage import LocalStore
 
 from elm_lanczos.errors import StoreError
 from elm_lanczos.store.attributes import Json
-from elm_lanczos.store.layout import SCHEMA_VERSION, Array, owner_ranges
+from elm_lanczos.store.layout import FORMAT, SCHEMA_VERSION, Array
 
 
 def read_attributes(path: Path) -> dict[str, Json]:
@@ -40,9 +40,7 @@ def read_attributes(path: Path) -> dict[str, Json]:
 
 def is_result_store(path: Path) -> bool:
     """Tell whether a folder holds a store written by this package, whatever its version."""
-    return "schema_version" in (root := read_attributes(path)) and "elm_lanczos" in str(
-        root.get("format")
-    )
+    return read_attributes(path).get("format") == FORMAT
 
 
 def check_result_store(path: Path) -> None:
@@ -60,7 +58,7 @@ def check_result_store(path: Path) -> None:
         raise StoreError(f"{path} is a file, not a result store")
     if not is_result_store(path):
         raise StoreError(f"{path} is not a result store of elm-lanczos")
-    version = read_attributes(path)["schema_version"]
+    version = read_attributes(path).get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise StoreError(
             f"{path} has schema version {version}, newer than the {SCHEMA_VERSION} this version "
@@ -156,15 +154,3 @@ def _damaged_file(store: LocalStore, array: zarr.Array[Any]) -> Path:
         except (ValueError, RuntimeError):
             return store.root / array.path / ".".join(["c", str(index), *suffix])
     return store.root / array.path
-
-
-__all__ = [
-    "check_result_store",
-    "is_result_store",
-    "open_array",
-    "owner_ranges",
-    "position_names",
-    "prompt_names",
-    "read_array",
-    "read_attributes",
-]

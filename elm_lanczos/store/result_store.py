@@ -1,0 +1,231 @@
+"""The store of one run: created, resumed or opened, one group per prompt."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import zarr
+
+from elm_lanczos.errors import StoreError
+from elm_lanczos.store.attributes import Json, first_difference, to_attributes, to_json
+from elm_lanczos.store.durable import (
+    DurableStore,
+    RunLock,
+    is_partial,
+    make_folder,
+    remove_partial_files,
+    writing,
+)
+from elm_lanczos.store.layout import FORMAT, SCHEMA_VERSION, PromptHeader
+from elm_lanczos.store.prompt_group import PromptGroup, create_group
+from elm_lanczos.store.provenance import git_commit, package_versions
+from elm_lanczos.store.reading import (
+    check_result_store,
+    is_result_store,
+    prompt_names,
+    read_attributes,
+)
+from elm_lanczos.store.summary import SUMMARY, write_summary
+
+
+class ResultStore:
+    """A result store open for one run.
+
+    `create` and `resume` take an exclusive lock, held until `close` or the end of a `with` block: a
+    run has one coordinator, which creates every group. A worker process opens the store without the
+    lock and writes the owners it was given.
+
+    Attributes:
+        path: The folder of the store.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool, lock: RunLock | None = None) -> None:
+        self.path = path
+        self._store = DurableStore(path, read_only=read_only)
+        self._lock = lock
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        attrs: Mapping[str, object],
+        fingerprint: Mapping[str, object],
+        overwrite: bool = False,
+    ) -> Self:
+        """Create a store and lock it.
+
+        Args:
+            path: Its folder, absent or empty.
+            attrs: Attributes of the root: title, model, dtype, seed, method, configuration, …
+            fingerprint: All that must be equal for a later run to continue this one.
+            overwrite: Replace an existing result store.
+
+        Returns:
+            The store, without prompts.
+
+        Raises:
+            StoreError: There is something at the path that must not be replaced, another run uses
+                it, or it cannot be written.
+        """
+        path = Path(path)
+        _check_vacant(path, overwrite)
+        lock = RunLock(path)
+        try:
+            _check_vacant(path, overwrite)
+            with writing(path):
+                _remove_store(path)
+                make_folder(path)
+                store = cls(path, read_only=False, lock=lock)
+                identity = {
+                    "format": FORMAT,
+                    "schema_version": SCHEMA_VERSION,
+                    "package_versions": package_versions(),
+                    "git_commit": git_commit(),
+                    "fingerprint": to_json(fingerprint),
+                }
+                zarr.create_group(store._store, attributes={**to_attributes(attrs), **identity})
+                zarr.create_group(store._store, path="prompts")
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path, mode: Literal["r", "r+"] = "r") -> Self:
+        """Open an existing store without locking it.
+
+        Args:
+            path: Its folder.
+            mode: "r" to read, "r+" to write.
+
+        Returns:
+            The store.
+
+        Raises:
+            StoreError: The path holds no store that this version can read.
+        """
+        check_result_store(Path(path))
+        return cls(Path(path), read_only=mode == "r")
+
+    def resume(self, fingerprint: Mapping[str, object]) -> None:
+        """Lock the store to continue its run.
+
+        Args:
+            fingerprint: The fingerprint of the run that wants to continue.
+
+        Raises:
+            StoreError: Another run uses the store, or its fingerprint differs; the message names
+                the first field that does, with both values.
+        """
+        self._lock = self._lock or RunLock(self.path)
+        found = first_difference(self.attrs["fingerprint"], to_json(fingerprint))
+        if found is not None:
+            self.close()
+            field, stored, given = found
+            raise StoreError(
+                f"{self.path} cannot be continued: {field} was {stored!r} and is {given!r} now; "
+                "use the same options, or start again with --overwrite"
+            )
+        with writing(self.path):
+            remove_partial_files(self.path)
+
+    def __enter__(self) -> Self:
+        """Give the store itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the store."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back; everything written is on the disk already."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __repr__(self) -> str:
+        """Show where the store lies and how many prompts it has."""
+        return f"<ResultStore {self.path}: {len(self)} prompts>"
+
+    @property
+    def attrs(self) -> dict[str, Json]:
+        """The attributes of the root as they are stored now."""
+        return read_attributes(self.path)
+
+    def set_attrs(self, attrs: Mapping[str, object]) -> None:
+        """Add attributes to the root, replacing those of the same name.
+
+        Args:
+            attrs: Plain data; NaN becomes null, infinities become strings.
+
+        Raises:
+            StoreError: The disk is full or the store cannot be written.
+        """
+        with writing(self.path):
+            zarr.open_group(self._store, mode="r+").update_attributes(to_attributes(attrs))
+
+    def __len__(self) -> int:
+        """The number of prompts created."""
+        return len(prompt_names(self.path))
+
+    @property
+    def prompts(self) -> list[PromptGroup]:
+        """The groups of all prompts created, in order."""
+        return [PromptGroup(self._store, f"prompts/{name}") for name in prompt_names(self.path)]
+
+    def create_prompt(self, header: PromptHeader) -> PromptGroup:
+        """Create the group of the next prompt with all its arrays.
+
+        Args:
+            header: What is known of the prompt.
+
+        Returns:
+            The group, every requested row pending.
+
+        Raises:
+            StoreError: The disk is full or the store cannot be written.
+        """
+        return create_group(self._store, f"prompts/{len(self):06d}", header)
+
+    def write_summary(self) -> None:
+        """Write the flat table over all prompts, replacing an earlier one.
+
+        Raises:
+            StoreError: A prompt's arrays are damaged, or the store cannot be written.
+        """
+        write_summary(self._store, self.prompts)
+
+
+def _check_vacant(path: Path, overwrite: bool) -> None:
+    """Check that a store may be created at a path without destroying anything."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise StoreError(f"{path} is a file: choose another --out")
+    if is_result_store(path):
+        if not overwrite:
+            raise StoreError(
+                f"{path} exists: continue it with --resume or replace it with --overwrite"
+            )
+    elif not all(is_partial(entry) for entry in path.iterdir()):
+        raise StoreError(f"{path} is a folder that is not a result store: choose another --out")
+
+
+def _remove_store(path: Path) -> None:
+    """Remove a store's own files, the one that marks it as a store last."""
+    if path.is_dir():
+        for name in ("prompts", SUMMARY):
+            if (path / name).exists():
+                shutil.rmtree(path / name)
+        remove_partial_files(path)
+        (path / "zarr.json").unlink(missing_ok=True)

@@ -1,0 +1,294 @@
+"""Reading a store: prompts as objects whose arrays are read when they are first used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from zarr.storage import LocalStore
+
+from elm_lanczos.errors import StoreError
+from elm_lanczos.status import Status
+from elm_lanczos.store.attributes import Json
+from elm_lanczos.store.layout import Array
+from elm_lanczos.store.reading import (
+    check_result_store,
+    position_names,
+    prompt_names,
+    read_array,
+    read_attributes,
+)
+from elm_lanczos.store.summary import SUMMARY
+
+if TYPE_CHECKING:
+    import xarray
+
+_SHOWN_PROMPTS = 8
+_SHOWN_CHARACTERS = 60
+
+
+def open_results(path: str | Path) -> Results:
+    """Open a result store for reading.
+
+    Args:
+        path: Its folder.
+
+    Returns:
+        The results; arrays are read when they are first used.
+
+    Raises:
+        StoreError: The path holds no store that this version can read.
+    """
+    path = Path(path)
+    check_result_store(path)
+    return Results(path)
+
+
+class Results(Sequence["PromptResult"]):
+    """The results of one run: a sequence of prompts.
+
+    Attributes:
+        path: The folder of the store.
+        attrs: The attributes of the run: model, configuration, versions, fingerprint.
+        prompts: The prompts in order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.attrs = read_attributes(path)
+        store = LocalStore(path, read_only=True)
+        self.prompts = [PromptResult(store, f"prompts/{name}") for name in prompt_names(path)]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> PromptResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PromptResult]: ...
+    def __getitem__(self, index: int | slice) -> PromptResult | Sequence[PromptResult]:
+        return self.prompts[index]
+
+    def __iter__(self) -> Iterator[PromptResult]:
+        return iter(self.prompts)
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "not complete"
+        count = f"{len(self)} prompt{'' if len(self) == 1 else 's'}"
+        lines = [f"<Results {self.path}: {count}, {state}>"]
+        lines += [f"  {index} {prompt!r}" for index, prompt in enumerate(self[:_SHOWN_PROMPTS])]
+        if len(self) > _SHOWN_PROMPTS:
+            lines.append(f"  … {len(self) - _SHOWN_PROMPTS} more")
+        return "\n".join(lines)
+
+    def group(self, name: str) -> PromptResult:
+        """One prompt's results by the path of its group, for example `prompts/000000`."""
+        return PromptResult(LocalStore(self.path, read_only=True), name)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has ended: its summary is written."""
+        return bool(read_attributes(self.path / SUMMARY))
+
+    @property
+    def summary(self) -> xarray.Dataset:
+        """The flat table over all tokens of all prompts.
+
+        Raises:
+            StoreError: The run has not ended.
+        """
+        if not self.complete:
+            raise StoreError(f"{self.path} has no summary yet: end its run with --resume")
+        return _open_dataset(self.path, SUMMARY)
+
+
+class PromptResult:
+    """The results of one prompt, or of one of its further output positions.
+
+    With T tokens, k triplets per token, m output features and d input features, `J_i ≈ Σ_j
+    S[i, j] · U[i, j] V[i, j]ᵀ`. Rows that were not requested, or not done when the run ended, are
+    NaN.
+
+    Args:
+        store: The Zarr store, open for reading.
+        name: Path of the group.
+    """
+
+    def __init__(self, store: LocalStore, name: str) -> None:
+        self._store = store
+        self.name = name
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= _SHOWN_CHARACTERS else self.text[:59] + "…"
+        counts = [(status, int((self.status == status).sum())) for status in Status]
+        states = [f"{n} {status.name.lower().replace('_', ' ')}" for status, n in counts if n]
+        return f"<PromptResult {text!r}: {len(self.tokens)} tokens, {', '.join(states)}>"
+
+    @property
+    def path(self) -> Path:
+        """The folder of the group."""
+        return self._store.root / self.name
+
+    @cached_property
+    def attrs(self) -> dict[str, Json]:
+        """All attributes of the group."""
+        return read_attributes(self.path)
+
+    @property
+    def id(self) -> str:
+        """The name of the prompt."""
+        return str(self.attrs["id"])
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return str(self.attrs["text"])
+
+    @property
+    def position(self) -> int:
+        """The output position whose prediction is explained."""
+        position = self.attrs["position"]
+        assert isinstance(position, int)
+        return position
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Method, block sizes, precision and seed that the rows were computed with."""
+        return _mapping(self.attrs["plan"])
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """The certificate's figures by name; empty while they are not written."""
+        return _mapping(self.attrs.get("certificate") or {})
+
+    @cached_property
+    def token_ids(self) -> Array:
+        """Token ids, int32 (T,)."""
+        return self._read("token_id")
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        """The T tokens as text."""
+        return [str(token) for token in self._read("token_str")]
+
+    @cached_property
+    def U(self) -> Array:
+        """Left singular vectors, (T, k, m)."""
+        return self._read("U")
+
+    @cached_property
+    def S(self) -> Array:
+        """Singular values, descending, (T, k)."""
+        return self._read("S")
+
+    @cached_property
+    def V(self) -> Array:
+        """Right singular vectors, (T, k, d)."""
+        return self._read("V")
+
+    @cached_property
+    def residual(self) -> Array:
+        """Two-sided residual of each triplet relative to the token's σ₁, (T, k)."""
+        return self._read("residual")
+
+    @cached_property
+    def error_bound(self) -> Array:
+        """Bound on the error of each singular value, (T, k)."""
+        return self._read("error_bound")
+
+    @cached_property
+    def stable_rank(self) -> Array:
+        """‖J_i‖_F² / σ₁², (T,)."""
+        return self._read("stable_rank")
+
+    @cached_property
+    def stable_rank_error(self) -> Array:
+        """Standard error of the stable rank, (T,)."""
+        return self._read("stable_rank_error")
+
+    @cached_property
+    def contribution_norm(self) -> Array:
+        """‖J_i x_i‖, (T,)."""
+        return self._read("contribution_norm")
+
+    @cached_property
+    def n_iter(self) -> Array:
+        """Iterations of the method, int32 (T,), -1 where there were none."""
+        return self._read("n_iter")
+
+    @cached_property
+    def status(self) -> Array:
+        """Values of `Status`, uint8 (T,)."""
+        return self._read("status")
+
+    @cached_property
+    def done(self) -> Array:
+        """Whether each row is committed, bool (T,)."""
+        return self._read("done")
+
+    @cached_property
+    def u_token(self) -> Array:
+        """Token ids decoded from each u, best first, int32 (T, k, top)."""
+        return self._read("u_token")
+
+    @cached_property
+    def u_score(self) -> Array:
+        """Their scores, (T, k, top)."""
+        return self._read("u_score")
+
+    @cached_property
+    def v_token(self) -> Array:
+        """Token ids decoded from each v, best first, int32 (T, k, top)."""
+        return self._read("v_token")
+
+    @cached_property
+    def v_score(self) -> Array:
+        """Their cosines with v, (T, k, top)."""
+        return self._read("v_score")
+
+    @cached_property
+    def output(self) -> Array:
+        """The hidden state y after the final norm, (m,)."""
+        return self._read("output")
+
+    @cached_property
+    def constant(self) -> Array:
+        """The constant c in y = Σ J_i x_i + c, (m,)."""
+        return self._read("constant")
+
+    @cached_property
+    def attribution(self) -> Array:
+        """Part of the predicted token's logit that comes through each token, (T,)."""
+        return self._read("attribution")
+
+    @property
+    def positions(self) -> dict[int, PromptResult]:
+        """The results for further output positions, by position."""
+        names = position_names(self.path)
+        groups = [PromptResult(self._store, f"{self.name}/{name}") for name in names]
+        return {group.position: group for group in groups}
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Give all arrays as one labelled dataset, read when used.
+
+        Returns:
+            The dataset, with the tokens as coordinates.
+        """
+        return _open_dataset(self._store.root, self.name)
+
+    def _read(self, name: str) -> Array:
+        return np.asarray(read_array(self._store, f"{self.name}/{name}"))
+
+
+def _open_dataset(path: Path, group: str) -> xarray.Dataset:
+    import xarray
+
+    return xarray.open_zarr(path, group=group, consolidated=False, chunks=None)
+
+
+def _mapping(value: Json) -> dict[str, Any]:
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,85 @@
+"""The flat table over all tokens of all prompts, written once a run is complete."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from elm_lanczos.store.durable import DurableStore, writing
+from elm_lanczos.store.layout import STATUS_ATTRS, Array
+from elm_lanczos.store.prompt_group import PromptGroup
+from elm_lanczos.store.reading import read_array
+
+SUMMARY = "summary"
+_CHUNK_ROWS = 65536
+_COPIED = ("token_id", "token_str", "status", "stable_rank", "attribution", "S", "residual")
+
+
+def write_summary(store: DurableStore, prompts: Sequence[PromptGroup]) -> None:
+    """Write the table, replacing an earlier one.
+
+    It has one row per token of every prompt, and of every further output position after its
+    prompt. `S` and `residual` have as many columns as the widest prompt has triplets, NaN beyond.
+
+    Args:
+        store: The Zarr store.
+        prompts: The prompts in order.
+
+    Raises:
+        StoreError: A prompt's arrays are damaged, the disk is full or the store cannot be written.
+    """
+    groups = [
+        (index, group)
+        for index, prompt in enumerate(prompts)
+        for group in (prompt, *prompt.positions.values())
+    ]
+    columns: dict[str, list[Array]] = {name: [] for name in ("prompt", "position", "token")}
+    columns |= {name: [] for name in _COPIED}
+    for index, group in groups:
+        position = group.attrs["position"]
+        columns["prompt"].append(np.full(group.tokens, index, dtype=np.int32))
+        columns["position"].append(np.full(group.tokens, position, dtype=np.int32))
+        columns["token"].append(np.arange(group.tokens, dtype=np.int32))
+        for name in _COPIED:
+            columns[name].append(read_array(store, f"{group.name}/{name}"))
+    with writing(store.root):
+        if (store.root / SUMMARY).exists():
+            shutil.rmtree(store.root / SUMMARY)
+        for name, parts in columns.items():
+            _write_column(store, name, _stack(parts))
+        table = zarr.open_group(store, path=SUMMARY, mode="a")
+        table.update_attributes(
+            {"title": "all tokens of all prompts", "coordinates": "prompt position token token_str"}
+        )
+
+
+def _stack(parts: Sequence[Array]) -> Array:
+    """Join columns along the rows, padding narrower ones with NaN."""
+    width = max((part.shape[1] for part in parts if part.ndim == 2), default=0)
+    padded = [
+        np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=np.nan)
+        if part.ndim == 2
+        else part
+        for part in parts
+    ]
+    return np.concatenate(padded)
+
+
+def _write_column(store: DurableStore, name: str, values: Array) -> None:
+    array = zarr.create_array(
+        store,
+        name=f"{SUMMARY}/{name}",
+        shape=values.shape,
+        dtype=str if name == "token_str" else values.dtype,
+        chunks=(min(len(values), _CHUNK_ROWS), *values.shape[1:]),
+        compressors=[BloscCodec(cname="lz4", shuffle="bitshuffle"), Crc32cCodec()],
+        fill_value={"f": np.nan, "i": -1, "u": 0}.get(values.dtype.kind, ""),
+        dimension_names=("row", "component")[: values.ndim],
+        chunk_key_encoding={"name": "default", "separator": "."},
+        attributes=dict(STATUS_ATTRS) if name == "status" else None,
+    )
+    array[:] = values

@@ -1,0 +1,245 @@
+"""Runs end to end: what is stored is right, and nothing is lost when a run is killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray
+
+from elm_lanczos.config import RunConfig
+from elm_lanczos.errors import StoreError, UsageError
+from elm_lanczos.model import DetachedModel
+from elm_lanczos.run import run
+from elm_lanczos.store import PromptResult, Status, open_results
+
+PROMPTS = ["the Soviet Union and the", "peace and security of the", "my fellow citizens, we have"]
+
+
+class Listener:
+    """Keeps what a run tells."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.finished_texts: list[str] = []
+        self.made: list[int] = []
+        self.predicted = 0
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def opened(self, path: Path, words: object) -> None:
+        pass
+
+    def started(self, number: int, total: int, text: str) -> None:
+        pass
+
+    def planned(self, plan: object, passes: int) -> None:
+        self.predicted = passes
+
+    def passes(self, made: int) -> None:
+        self.made.append(made)
+
+    def finished(self, result: PromptResult) -> None:
+        self.finished_texts.append(result.text)
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n\n".join(PROMPTS) + "\n")
+    return file
+
+
+def options(tiny_folder: Path, out: Path, **given: object) -> RunConfig:
+    return RunConfig(**({"model": str(tiny_folder), "k": 4, "out": str(out), "top": 3} | given))
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of a store by its path, as raw bytes would be compared."""
+    import zarr
+
+    root = zarr.open_group(path, mode="r")
+    return {
+        name: np.asarray(node[...])
+        for name, node in root.members(max_depth=None)
+        if isinstance(node, zarr.Array)
+    }
+
+
+def assert_same_bits(left: Path, right: Path) -> None:
+    one, other = arrays(left), arrays(right)
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        assert values.dtype == other[name].dtype, name
+        if values.dtype.kind == "f":
+            assert values.tobytes() == other[name].tobytes(), name
+        else:
+            assert (values == other[name]).all(), name
+
+
+@pytest.mark.parametrize("method", ["auto", "lanczos", "stream", "dense"])
+def test_stored_triplets_are_those_of_the_dense_jacobian(
+    tiny_folder: Path, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "r.zarr"
+    listener = Listener()
+    outcome = run(options(tiny_folder, out, text=PROMPTS[0], method=method), listener)
+    assert (outcome.not_converged, outcome.not_exact) == (0, 0)
+    result = open_results(out).prompts[0]
+    model = DetachedModel.from_pretrained(tiny_folder, compute_dtype="float64")
+    lin = model.linearize(PROMPTS[0])
+    J = lin.vjp(torch.eye(32, dtype=torch.float64)).movedim(1, 0)
+    expected = torch.linalg.svdvals(J)[:, :4].numpy()
+    assert np.abs(result.S - expected).max() <= 1e-5 * expected.max()
+    rebuilt = np.einsum("tk,tkm,tkd->tmd", result.S, result.U, result.V)
+    U, S, Vh = torch.linalg.svd(J)
+    best = torch.einsum("tmk,tk,tkd->tmd", U[..., :4], S[:, :4], Vh[:, :4]).numpy()
+    assert np.abs(rebuilt - best).max() <= 1e-4 * expected.max()
+    exact_rank = (J.square().sum((1, 2)) / S[:, 0] ** 2).numpy()
+    spread = 5 * result.stable_rank_error + 1e-4 * exact_rank
+    assert (np.abs(result.stable_rank - exact_rank) <= spread).all()
+    contributions = torch.einsum("tmd,td->tm", J, lin.inputs).norm(dim=1).numpy()
+    assert np.allclose(result.contribution_norm, contributions, rtol=1e-4)
+    assert (np.einsum("tkd,td->tk", result.V, lin.inputs.numpy()) >= -1e-5).all()  # sign
+    total = result.attribution.sum() + result.attrs["attribution"]["constant"]
+    assert abs(total - result.attrs["predicted"][0]["logit"]) <= 1e-5 * abs(total)
+    assert result.certificate["exact"] and result.certificate["orthogonality"] <= 1e-5
+    assert (result.status == Status.CONVERGED).all()
+    assert listener.made == sorted(listener.made) and listener.made[-1] > 0
+
+
+def test_predicted_passes_are_near_those_made(tiny_folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    run(options(tiny_folder, tmp_path / "r.zarr", text=PROMPTS[2], k=2), listener)
+    assert 0.3 <= listener.made[-1] / listener.predicted <= 3
+
+
+def test_generated_tokens_have_their_own_systems(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.zarr"
+    run(options(tiny_folder, out, text=PROMPTS[0], generate=3), Listener())
+    first = open_results(out).prompts[0]
+    later = first.positions
+    length = len(first.tokens)
+    assert list(later) == [length, length + 1]
+    chain = [first, *later.values()]
+    for before, after in zip(chain, chain[1:], strict=False):
+        assert after.token_ids[-1] == before.attrs["predicted"][0]["id"]
+        assert len(after.tokens) == len(before.tokens) + 1
+        assert after.text.startswith(before.text)
+    labelled = xarray.open_zarr(
+        out, group=f"prompts/000000/position_{length:04d}", consolidated=False
+    )
+    assert labelled.sizes["token"] == length + 1
+
+
+def test_tokens_that_were_not_asked_for_stay_empty(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.zarr"
+    run(options(tiny_folder, out, text=PROMPTS[0], tokens="last:2"), Listener())
+    result = open_results(out).prompts[0]
+    skipped = result.status == Status.NOT_REQUESTED
+    assert skipped.sum() == len(result.tokens) - 2 and not skipped[-2:].any()
+    assert np.isnan(result.S[skipped]).all() and np.isfinite(result.S[~skipped]).all()
+    whole = tmp_path / "whole.zarr"
+    run(options(tiny_folder, whole, text=PROMPTS[0]), Listener())
+    everything = open_results(whole).prompts[0]
+    assert np.allclose(everything.S[-2:], result.S[-2:], rtol=1e-5)  # however tokens are batched
+
+
+def test_long_prompts_are_warned_about_and_cut_into_owners(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    out, listener = tmp_path / "r.zarr", Listener()
+    text = " ".join(["peace and freedom for all the world"] * 22)
+    run(options(tiny_folder, out, text=text, k=2, method="stream"), listener)
+    result = open_results(out).prompts[0]
+    assert len(result.tokens) > 128  # several owners
+    assert "more than the 64" in listener.notes[0]
+    assert (result.status == Status.CONVERGED).all()
+
+
+def test_store_is_neither_overwritten_nor_continued_by_another_run(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "r.zarr"
+    given = options(tiny_folder, out, text=PROMPTS[0])
+    run(given, Listener())
+    with pytest.raises(StoreError, match="--resume"):
+        run(given, Listener())
+    for change in ({"k": 3}, {"seed": 1}, {"text": "another"}, {"compute_dtype": "float64"}):
+        with pytest.raises(StoreError, match="cannot be continued"):
+            run(given.model_copy(update=change), Listener(), resume=True)
+    again = Listener()
+    run(given, again, resume=True)
+    assert again.finished_texts == []  # nothing was left to do
+    run(given.model_copy(update={"k": 3}), Listener(), overwrite=True)
+    assert open_results(out).prompts[0].S.shape[1] == 3
+
+
+def test_same_seed_gives_the_same_bits(tiny_folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(options(tiny_folder, tmp_path / name, text=PROMPTS[0], generate=2), Listener())
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    run(options(tiny_folder, tmp_path / "c", text=PROMPTS[0], generate=2, seed=1), Listener())
+    assert arrays(tmp_path / "a")["prompts/000000/U"].tobytes() != (
+        arrays(tmp_path / "c")["prompts/000000/U"].tobytes()
+    )
+
+
+@pytest.mark.parametrize("method", ["lanczos", "stream"])
+def test_killed_runs_end_with_the_same_bits(tiny_folder: Path, tmp_path: Path, method: str) -> None:
+    long = " ".join(["we seek peace and freedom for all the world"] * 20)  # several owners
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join([*PROMPTS, long]))
+    given = ["--k", "3", "--method", method, "--generate", "2", "--quiet", "--seed", "5"]
+    command = [sys.executable, "-m", "elm_lanczos", "run", "--model", str(tiny_folder)]
+    command += ["--seq-file", str(file), *given]
+    undisturbed, killed = tmp_path / "undisturbed.zarr", tmp_path / "killed.zarr"
+    begun = time.monotonic()
+    subprocess.run([*command, "--out", str(undisturbed)], check=True)
+    duration = time.monotonic() - begun
+    rng = random.Random(method)
+    kills = 0
+    for _ in range(5):
+        process = subprocess.Popen([*command, "--out", str(killed), "--resume"])
+        # somewhere between the opening of the store and the end
+        while not (killed / "zarr.json").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5) * duration)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    subprocess.run([*command, "--out", str(killed), "--resume"], check=True)
+    assert kills >= 2
+    assert_same_bits(undisturbed, killed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_runs_say_so_and_can_be_continued(
+    tiny_folder: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "r.zarr"
+    command = [sys.executable, "-m", "elm_lanczos", "run", "--model", str(tiny_folder), "--quiet"]
+    command += ["--text", PROMPTS[0], "--generate", "40", "--k", "8", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "prompts" / "000000").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == code
+    assert "--resume" in errors and len(errors.splitlines()) == 1
+
+
+def test_k_beyond_the_dimension_is_refused_before_anything_is_written(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="32 dimensions"):
+        run(options(tiny_folder, tmp_path / "r.zarr", text="a", k=33), Listener())
+    assert not (tmp_path / "r.zarr").exists()
+    run(options(tiny_folder, tmp_path / "r.zarr", text="a", k=32), Listener())
