@@ -5,10 +5,12 @@ Jacobian per input token; their leading singular triplets are found without form
 decode to words. See `DetachedModel`, `svd` and `open_results`.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import elm_lanczos.svd  # the package, once and for all, so that it never hides the function
+from elm_lanczos.lazy import lazy_names
+
+del svd  # noqa: F821 (bound by the import above)
 
 if TYPE_CHECKING:
     from elm_lanczos.errors import ElmLanczosError, UnsupportedModelError
@@ -16,22 +18,10 @@ if TYPE_CHECKING:
     from elm_lanczos.model import DetachedModel
     from elm_lanczos.operators import LinearOperator, aslinearoperator
     from elm_lanczos.store import open_results
-    from elm_lanczos.svd import SVDResult, svd
+    from elm_lanczos.svd.result import SVDResult
+    from elm_lanczos.svd.solve import svd
 
 __version__ = "0.1.0"
-
-_HOMES = {
-    "Certificate": "linearization",
-    "DetachedModel": "model",
-    "ElmLanczosError": "errors",
-    "LinearOperator": "operators",
-    "Linearization": "linearization",
-    "SVDResult": "svd",
-    "UnsupportedModelError": "errors",
-    "aslinearoperator": "operators",
-    "open_results": "store",
-    "svd": "svd",
-}
 __all__ = [
     "Certificate",
     "DetachedModel",
@@ -44,17 +34,18 @@ __all__ = [
     "open_results",
     "svd",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports public names when they are first used, so that `import elm_lanczos` is instant."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'elm_lanczos' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"elm_lanczos.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Lists the public names."""
-    return sorted(__all__)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Certificate": "elm_lanczos.linearization",
+        "DetachedModel": "elm_lanczos.model",
+        "ElmLanczosError": "elm_lanczos.errors",
+        "LinearOperator": "elm_lanczos.operators",
+        "Linearization": "elm_lanczos.linearization",
+        "SVDResult": "elm_lanczos.svd.result",
+        "UnsupportedModelError": "elm_lanczos.errors",
+        "aslinearoperator": "elm_lanczos.operators",
+        "open_results": "elm_lanczos.store",
+        "svd": "elm_lanczos.svd.solve",
+    },
+)

@@ -142,7 +142,7 @@ def select_tokens(spec: str, length: int) -> list[int]:
         raise UsageError(f"--tokens {spec}: the prompt has only {length} tokens") from error
     except (ValueError, TypeError) as error:
         raise UsageError(
-            f"--tokens {spec}: use all, last:8, first:8, positions such as 0,5,9, or start:stop:step"
+            f"--tokens {spec}: use all, last:8, first:8, positions like 0,5,9, or start:stop:step"
         ) from error
     if not chosen:
         raise UsageError(f"--tokens {spec} selects none of the {length} tokens")

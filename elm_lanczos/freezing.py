@@ -3,12 +3,12 @@ r"""Freezing: what each operation makes of its input is held fixed, and the netw
 A decoder computes `y = A(x) x + b`, where every `A(x)` is made of norm scales, attention
 probabilities and gates. This module runs *unmodified* model code and types every tensor in it:
 
-| kind       | meaning                                                        | example             |
-|------------|----------------------------------------------------------------|---------------------|
-| (none)     | does not depend on the input                                   | a weight, a mask    |
-| `LINEAR`   | affine in the input once the coefficients are fixed            | the residual stream |
-| `NONLINEAR`| any other function of the input; may only become a coefficient | `rsqrt(mean(x²))`   |
-| `FROZEN`   | a coefficient that has been fixed                              | attention weights   |
+| kind        | meaning                                                       | example           |
+|-------------|---------------------------------------------------------------|-------------------|
+| (none)      | does not depend on the input                                  | a weight, a mask  |
+| `LINEAR`    | affine in the input once the coefficients are fixed           | residual stream   |
+| `NONLINEAR` | another function of the input: may only become a coefficient  | `rsqrt(mean(x²))` |
+| `FROZEN`    | a coefficient that has been fixed                             | attention weights |
 
 A rule per torch function says what comes out (`RULES`, below). A `NONLINEAR` tensor is fixed at the
 moment it multiplies a `LINEAR` one; a product of two `LINEAR` tensors is resolved by the activation
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from elm_lanczos.attention import attention, frozen_product
 from elm_lanczos.errors import UnsupportedModelError
 
 
@@ -276,6 +277,9 @@ def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 
     Integer and boolean arguments that depend on the input (indices, conditions) are decisions and
     are frozen. A mixture of `LINEAR` and `NONLINEAR` is `NONLINEAR`.
+
+    Returns:
+        The function's own result, marked.
     """
 
     def decide(value: Any) -> Any:
@@ -318,6 +322,9 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     `LINEAR · NONLINEAR` freezes the second; `act(g) · u` freezes `act(g)`; any other product of two
     `LINEAR` tensors is `NONLINEAR`. A gate times a `NONLINEAR` tensor is `NONLINEAR` too: both
     would be coefficients.
+
+    Returns:
+        The product, marked.
     """
     marks = [mark_of(a) for a in args[:2]]
     kinds = [m.kind if m else None for m in marks]
@@ -347,24 +354,22 @@ def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """A quotient is a product with the reciprocal: linear in the numerator alone."""
     if mark_of(args[1]) is None:
         return product(mode, func, args, kwargs)
-    numerator, denominator = mark_of(args[0]), mark_of(args[1])
-    if numerator and numerator.kind == Kind.LINEAR and denominator.kind == Kind.NONLINEAR:
+    kinds = [mark.kind if (mark := mark_of(arg)) else None for arg in args[:2]]
+    if kinds == [Kind.LINEAR, Kind.NONLINEAR]:
         return product(mode, func, args, kwargs)
     return coefficient(mode, func, args, kwargs)
 
 
 def matrix_product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """A product by a matrix; of batches of matrices with a frozen left factor: `frozen_product`."""
-    marks = [mark_of(a) for a in args[:2]]
-    left_is_coefficient = marks[0] is not None and marks[0].kind != Kind.LINEAR
+    left, right = (mark.kind if (mark := mark_of(arg)) else None for arg in args[:2])
     if (
-        left_is_coefficient
-        and marks[1] is not None
-        and marks[1].kind == Kind.LINEAR
+        left in (Kind.NONLINEAR, Kind.FROZEN)
+        and right == Kind.LINEAR
         and args[0].ndim == args[1].ndim >= 3
         and args[0].shape[:-2] == args[1].shape[:-2]
     ):
-        P = mode.freeze(args[0]) if marks[0].kind == Kind.NONLINEAR else args[0]
+        P = mode.freeze(args[0]) if left == Kind.NONLINEAR else args[0]
         result = frozen_product(P, args[1])
         set_mark(result, Mark(Kind.LINEAR))
         return result
@@ -489,138 +494,6 @@ def scaled_dot_product_attention(mode: Freezing, func: Any, args: Any, kwargs: A
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     with mode:
         return attention(q, k, v, mask, scale if scale is not None else q.shape[-1] ** -0.5)
-
-
-# ------------------------------------------------------------------------------ attention
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """`P @ V` for a fixed `P`: linear in V, and one matrix product for a whole block of vectors.
-
-    Under `vmap` the block of vectors is folded into V's columns, so that P is read once for all of
-    them; its derivative is the same function with P transposed, so it can be transposed again.
-    """
-
-    @staticmethod
-    def forward(P: Tensor, V: Tensor) -> Tensor:
-        return torch.bmm(P, V)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (P,) = ctx.saved_tensors
-        return None, _FrozenProduct.apply(P.mT, grad)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, int | None], P: Tensor, V: Tensor
-    ) -> tuple[Tensor, int]:
-        if in_dims[1] is None:
-            V = V.expand(info.batch_size, *V.shape)
-        else:
-            V = V.movedim(in_dims[1], 0)
-        if in_dims[0] is not None:
-            return torch.matmul(P.movedim(in_dims[0], 0), V), 0
-        block, n, rows, columns = V.shape
-        folded = V.permute(1, 2, 0, 3).reshape(n, rows, block * columns)
-        out = _FrozenProduct.apply(P, folded)
-        return out.view(n, P.shape[1], block, columns).permute(2, 0, 1, 3), 0
-
-
-def frozen_product(P: Tensor, V: Tensor) -> Tensor:
-    """Returns `P @ V` for frozen batches of matrices.
-
-    Args:
-        P: (..., rows, inner), a coefficient.
-        V: (..., inner, columns) with the same leading dimensions.
-
-    Returns:
-        (..., rows, columns).
-    """
-    lead = V.shape[:-2]
-    P, V = P.reshape(-1, *P.shape[-2:]), V.reshape(-1, *V.shape[-2:])
-    out: Tensor = _FrozenProduct.apply(P, V)
-    return out.view(*lead, *out.shape[-2:])
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention with grouped key-value heads, in plain torch.
-
-    Args:
-        q: (batch, heads, T, head_dim).
-        k: (batch, kv_heads, S, head_dim).
-        v: (batch, kv_heads, S, value_dim).
-        mask: (batch | 1, heads | 1, T, S), boolean (True attends) or additive, or None.
-        scaling: factor of the scores.
-        softcap: cap `c` of `c · tanh(scores / c)`.
-        sinks: (heads,), logits of the attention sinks.
-
-    Returns:
-        (batch, heads, T, value_dim).
-    """
-    batch, heads, T, _ = q.shape
-    groups = heads // k.shape[1]
-    scores = torch.matmul(q.unflatten(1, (-1, groups)).flatten(2, 3), k.mT) * scaling
-    scores = scores.reshape(batch, heads, T, -1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    if sinks is not None:
-        sinks = sinks.reshape(1, -1, 1, 1).expand(batch, -1, T, 1)
-        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
-        P = torch.softmax(scores, dim=-1)[..., :-1]
-    else:
-        P = torch.softmax(scores, dim=-1)
-    P = P.reshape(batch, k.shape[1], groups * T, -1)
-    return torch.matmul(P, v).reshape(batch, heads, T, -1)
-
-
-IMPLEMENTATION = "elm_lanczos_frozen"
-"""The name under which transformers' attention registries know this module's attention."""
-
-
-def _registered_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attention(query, key, value, attention_mask, scaling, softcap, s_aux)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _registered_mask(*args: Any, **kwargs: Any) -> Any:
-    from transformers.masking_utils import sdpa_mask
-
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-
-
-def register_attention() -> None:
-    """Adds the frozen attention to transformers' registries, beside the existing ones."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(IMPLEMENTATION, _registered_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _registered_mask)
 
 
 # ---------------------------------------------------------------------------- the rule table

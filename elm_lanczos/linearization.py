@@ -8,8 +8,8 @@ vectors at once by `vmap`. A JVP is the VJP transposed: it is the VJP of the (li
 `cotangent ↦ vjp(cotangent)`. So the memory of a pass is that of one layer whatever the depth, and
 weights are touched one layer at a time.
 
-With `F` the frozen map, `y = F(x) = Σ_i J_i x_i + c`. The constant `c = F(0)` and the leak come from
-replaying the recorded coefficients at zero, independently of `J`.
+With `F` the frozen map, `y = F(x) = Σ_i J_i x_i + c`. The constant `c = F(0)` and the leak come
+from replaying the recorded coefficients at zero, independently of `J`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Linearization:
         ids: (T,), the token ids the embeddings came from, if any.
         block: how many vectors are pushed through a segment at once; chosen from the sequence
             length if not given.
-        memory: bytes that linearised segments and blocks may use; half of what is free if not given.
+        memory: bytes that linearised segments and blocks may use; half of what is free by default.
         keep: hold every linearised segment, or linearise it anew for each block of vectors; decided
             from the memory if not given.
         rules: another rule table, only to test what a wrong rule does.
@@ -218,7 +218,8 @@ class Linearization:
         output: Tensor,
         names: dict[nn.Module, str],
     ) -> list[Segment]:
-        segments, stream = [], x
+        segments: list[Segment] = []
+        stream = x
         for layer, args, kwargs, result in calls:
             name = names[layer]
             given = [leaf for leaf in flatten((args, kwargs)) if mark_of(leaf) is not None]
@@ -312,7 +313,7 @@ class Linearization:
                 return segment.function(linear(h))
 
         with torch.no_grad(), self.model.frozen_attention():
-            out, pull_back = torch.func.vjp(frozen, segment.input)
+            out, pull_back = torch.func.vjp(frozen, segment.input)[:2]
         push_forward: list[Callable[[Tensor], Any]] = []
 
         def vjp(cotangents: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from elm_lanczos.attention import IMPLEMENTATION, register_attention
 from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError
-from elm_lanczos.freezing import IMPLEMENTATION, Freezing, precision, register_attention
+from elm_lanczos.freezing import Freezing, precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -327,11 +328,11 @@ class DetachedModel:
     def frozen_attention(self) -> Iterator[None]:
         """Lets the model's layers look up the frozen attention; restores everything afterwards."""
         register_attention()
-        configs = {
-            id(c): c
-            for m in self.hf_model.modules()
-            if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")
-        }
+        configs: dict[int, Any] = {}
+        for module in self.hf_model.modules():
+            config = getattr(module, "config", None)
+            if hasattr(config, "_attn_implementation_internal"):
+                configs[id(config)] = config
         before = {i: c._attn_implementation_internal for i, c in configs.items()}
         try:
             for config in configs.values():
@@ -406,7 +407,8 @@ def _find_layers(decoder: nn.Module) -> list[nn.Module]:
     lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise UnsupportedModelError(f"{type(decoder).__name__}: no list of decoder layers found")
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
+    return list(lists[sizes.index(max(sizes))])
 
 
 def _compute_dtype(wanted: str | torch.dtype | None, stored: torch.dtype) -> torch.dtype:

@@ -143,9 +143,8 @@ class LinearOperator(ABC):
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
 
         def product(operator: LinearOperator, X: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            columns = torch.as_tensor(np.asarray(X, dtype)).reshape(operator.shape[1], -1)
-            Y = operator @ columns.to(operator.device)
-            return np.asarray(Y.cpu().numpy()).reshape(-1, *X.shape[1:])
+            Y = operator @ torch.as_tensor(np.array(X, dtype)).to(operator.device)
+            return np.asarray(Y.cpu().numpy())
 
         return scipy.sparse.linalg.LinearOperator(
             shape=self.shape,

@@ -356,7 +356,7 @@ def _write_triplets(
     members = [[place[t] for t in group.owners()[owner] if t in place] for owner in pending]
     for which, result in solve(batch, plan, members, observer.passes):
         index = torch.tensor(members[which])
-        contribution = batch.matvec(batch.inputs[index], index)
+        contribution = batch.matvec(lin.inputs[list(result.tokens)], index)
         rows = _rows(group, pending[which], result, contribution, model, config.top)
         group.write_rows(pending[which], rows)
         group.commit(pending[which])
@@ -365,7 +365,7 @@ def _write_triplets(
 def _plan(
     lin: Linearization, config: RunConfig, tokens: Sequence[int], number: int, step: int
 ) -> Plan:
-    """The plan of one linear system; its seed depends on the run's seed, the prompt and position."""
+    """The plan of one linear system; its seed depends on the run's, the prompt and the step."""
     _, m, d = lin.shape
     seed = int(np.random.SeedSequence([config.seed, number, step]).generate_state(1)[0])
     dtype, memory = lin.output.dtype, lin.memory

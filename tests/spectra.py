@@ -98,8 +98,11 @@ CASES = [
         plan={"basis": 30},
     ),
     Case(
-        "plateau of 30, then a gap",  # RAFT: σ to 1e-3 in float32
-        lambda: with_spectrum([1.0] * 30 + [0.1] * 170, 200, 200),
+        "plateau of 30, then a gap", lambda: with_spectrum([1.0] * 30 + [0.1] * 170, 200, 200), 10
+    ),
+    Case(
+        "plateau of 30, then a decay",  # RAFT: σ to 1e-3 in float32, and a restart
+        lambda: with_spectrum([1.0] * 30 + [*(0.5 * 0.97 ** torch.arange(150.0))], 200, 200),
         10,
         plan={"basis": 14},
     ),

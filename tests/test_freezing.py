@@ -9,14 +9,13 @@ import torch
 import transformers
 from torch import nn
 
+from elm_lanczos.attention import attention, frozen_product
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.freezing import (
     RULES,
     Freezing,
     Kind,
     Tape,
-    attention,
-    frozen_product,
     function_name,
     linear,
     mark_of,

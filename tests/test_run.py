@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import subprocess
@@ -130,7 +131,7 @@ def test_generated_tokens_have_their_own_systems(tiny_folder: Path, tmp_path: Pa
     length = len(first.tokens)
     assert list(later) == [length, length + 1]
     chain = [first, *later.values()]
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in itertools.pairwise(chain):
         assert after.token_ids[-1] == before.attrs["predicted"][0]["id"]
         assert len(after.tokens) == len(before.tokens) + 1
         assert after.text.startswith(before.text)

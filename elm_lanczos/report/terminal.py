@@ -151,7 +151,7 @@ def _certificate(result: PromptResult) -> Text:
     line.append(f" ({figures['dtype']}): ", style="dim")
     names = ("reconstruction", "leak", "adjoint", "fidelity", "residual", "orthogonality")
     shown = [f"{name} {_figure(figures[name])}" for name in names if figures.get(name) is not None]
-    line.append(" · ".join(shown))
+    line.append(", ".join(shown))
     wrong = int((result.status == Status.NOT_CONVERGED).sum())
     if wrong:
         line.append(f"\n! {wrong} tokens not converged to the tolerance", style="bold yellow")

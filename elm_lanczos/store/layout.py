@@ -164,7 +164,7 @@ ROW_ARRAYS = (
         _TRIPLET,
         "real",
         "owner",
-        {"long_name": "max(‖J_i v − σu‖, ‖J_iᵀu − σv‖) / σ₁"},
+        {"long_name": "max(‖J_i v − σu‖, ‖J_iᵀu − σv‖)"},
     ),
     ArraySpec("error_bound", _TRIPLET, "real", "owner", {"long_name": "bound on the error of S"}),
     ArraySpec("stable_rank", ("token",), "real", "owner", {"long_name": "‖J_i‖_F² / σ₁²"}),

@@ -191,7 +191,7 @@ class PromptResult:
 
     @cached_property
     def residual(self) -> Array:
-        """Two-sided residual of each triplet relative to the token's σ₁, (T, k)."""
+        """Two-sided residual of each triplet, max(‖J_i v − σu‖, ‖J_iᵀu − σv‖), (T, k)."""
         return self._read("residual")
 
     @cached_property

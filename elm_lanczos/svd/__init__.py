@@ -1,8 +1,20 @@
 """Leading singular triplets of batches of matrix-free operators, with evidence for each."""
 
-from elm_lanczos.status import Status
-from elm_lanczos.svd.plan import Plan
-from elm_lanczos.svd.result import SVDResult
-from elm_lanczos.svd.solve import svd
+from typing import TYPE_CHECKING
 
-__all__ = ["Plan", "SVDResult", "Status", "svd"]
+from elm_lanczos.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from elm_lanczos.svd.plan import Plan
+    from elm_lanczos.svd.result import SVDResult
+    from elm_lanczos.svd.solve import svd
+
+__all__ = ["Plan", "SVDResult", "svd"]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Plan": "elm_lanczos.svd.plan",
+        "SVDResult": "elm_lanczos.svd.result",
+        "svd": "elm_lanczos.svd.solve",
+    },
+)

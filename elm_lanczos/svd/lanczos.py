@@ -54,7 +54,8 @@ _PROBE, _START, _SPARE_SHORT, _SPARE_LONG, _CHECK = range(5)
 # The iteration stops somewhat below the tolerance, so that residuals computed anew meet it; after
 # a failed check, which costs the residual of the set it checked, further below.
 _MARGIN, _MARGIN_AFTER_CHECK = 0.5, 0.25
-_SMALLEST_TARGET = 4.0
+# Units of rounding, relative to σ₁: the smallest target, and what a check puts down to rounding.
+_SMALLEST_TARGET, _CHECK_ROUNDING = 4.0, 16.0
 
 
 @dataclass
@@ -175,28 +176,28 @@ def lanczos(
 
     group = _Group(batch, plan, index, count_here)
     found = _Found(group)
-    factorization = _begin(group)
-    while len(factorization.member):
-        for converged, ritz in _iterate(group, factorization, found):
-            found.keep(converged, ritz)
-        factorization = _verify(group, found)
+    pending = [_begin(group, torch.arange(len(index)))]
+    while pending:
+        for leaving, ritz in _iterate(group, pending.pop(), found):
+            found.keep(leaving, ritz)
+        pending = _verify(group, found)
     return assemble(batch, plan, index, group.scale, found.solution(made))
 
 
-def _begin(group: _Group) -> _Bidiagonalization:
-    """Every operator of the group with its random start vector and no step made."""
-    g, start = len(group.index), group.start
+def _begin(group: _Group, member: Tensor) -> _Bidiagonalization:
+    """Operators of the group with their random start vectors and no step made."""
+    a, start = len(member), group.start[member.to(group.start.device)]
     capacity = max(group.plan.basis, min(group.plan.k + group.plan.verify, group.short))
-    V = start.new_zeros(g, capacity + 1, group.short)
+    V = start.new_zeros(a, capacity + 1, group.short)
     V[:, 0] = normalise(start)
-    none = torch.zeros(g, dtype=torch.int64, device=start.device)
+    none = torch.zeros(a, dtype=torch.int64, device=start.device)
     return _Bidiagonalization(
-        member=torch.arange(g),
+        member=member,
         V=V,
-        U=start.new_zeros(g, capacity, group.long),
-        B=start.new_zeros(g, capacity, capacity),
-        beta=start.new_zeros(g),
-        norm=start.new_zeros(g),
+        U=start.new_zeros(a, capacity, group.long),
+        B=start.new_zeros(a, capacity, capacity),
+        beta=start.new_zeros(a),
+        norm=start.new_zeros(a),
         steps=none,
         restarts=none.clone(),
         reseeds=none.clone(),
@@ -209,15 +210,11 @@ def _expand(group: _Group, fact: _Bidiagonalization, stop: int) -> None:
     eps = torch.finfo(fact.V.dtype).eps
     member = fact.member.to(fact.V.device)
     for j in range(fact.j, stop):
-        # Cyclic shifts of one random vector are a supply of linearly independent random vectors.
-        shift = int(j + 1)
-        spare_long = group.spare_long[member].roll(shift, 1)
-        spare_short = group.spare_short[member].roll(shift, 1)
-
         w = group.forward(fact.V[:, j], fact.member)
         fact.norm = torch.maximum(fact.norm, w.norm(dim=1))
         threshold = BREAKDOWN * eps * fact.norm
-        u, alpha, above, replaced = next_vector(fact.U[:, :j], w, spare_long, threshold)
+        spare = _shifted(group.spare_long[member], fact.steps)
+        u, alpha, above, replaced = next_vector(fact.U[:, :j], w, spare, threshold)
         fact.U[:, j], fact.B[:, :j, j], fact.B[:, j, j] = u, above, alpha
         fact.reseeds += replaced
 
@@ -225,13 +222,20 @@ def _expand(group: _Group, fact: _Bidiagonalization, stop: int) -> None:
         fact.norm = torch.maximum(fact.norm, w.norm(dim=1))
         threshold = BREAKDOWN * eps * fact.norm
         if j + 1 < group.short:
-            v, beta, _, replaced = next_vector(fact.V[:, : j + 1], w, spare_short, threshold)
+            spare = _shifted(group.spare_short[member], fact.steps)
+            v, beta, _, replaced = next_vector(fact.V[:, : j + 1], w, spare, threshold)
             fact.V[:, j + 1], fact.beta = v, beta
             fact.reseeds += replaced
         else:
             fact.beta = torch.zeros_like(fact.beta)
-    fact.steps += stop - fact.j
-    fact.j = stop
+        fact.steps += 1
+    fact.j = max(fact.j, stop)
+
+
+def _shifted(vectors: Tensor, shift: Tensor) -> Tensor:
+    """Cyclic shifts (a,) of random vectors (a, d): a supply of linearly independent ones."""
+    d = vectors.shape[1]
+    return vectors.gather(1, (torch.arange(d, device=shift.device) + shift[:, None]) % d)
 
 
 def _ritz(fact: _Bidiagonalization) -> _Ritz:
@@ -361,37 +365,36 @@ class _Found:
         )
 
 
-def _verify(group: _Group, found: _Found) -> _Bidiagonalization:
-    """Look for missed values; returns the operators for which the iteration has to go on."""
-    plan, k, rounding = group.plan, group.plan.k, 16 * torch.finfo(found.V.dtype).eps
+def _verify(group: _Group, found: _Found) -> list[_Bidiagonalization]:
+    """Look for missed values; returns the operators, if any, whose iteration has to go on."""
+    plan, k = group.plan, group.plan.k
     member = (found.converged & ~found.verified).nonzero()[:, 0]
-    fact = _begin(group).select(torch.isin(torch.arange(len(group.index)), member))
-    if not len(member):
-        return fact
+    if len(member) == 0:
+        return []
     place = member.to(found.V.device)
+    fact = _begin(group, member)
     fact.V[:, :k], fact.U[:, :k] = found.V[place], found.U[place]
     fact.B[:, :k, :k] = torch.diag_embed(found.values[member].to(fact.B))
     fact.norm = found.norm[place]
     fact.steps, fact.restarts, fact.reseeds = (
         x[member].to(place.device) for x in (found.steps, found.restarts, found.reseeds)
     )
-    shifts = found.checks[member].tolist()
-    random = torch.stack(
-        [group.check[i].roll(shift) for i, shift in zip(place.tolist(), shifts, strict=True)]
-    )
+    random = _shifted(group.check[place], found.checks[member].to(place.device))
     for _ in range(2):
         random = normalise(project_out(fact.V[:, :k], random[:, None])[0][:, 0])
     fact.V[:, k], fact.j = random, k
     _expand(group, fact, min(k + plan.verify, group.short))
     ritz = _ritz(fact)
-    values, estimate = found.values[member], found.estimate[member]
-    error = error_bounds(values, estimate, found.following[member]) + rounding * values[:, :1]
+
+    values, following = found.values[member], found.following[member]
+    rounding = _CHECK_ROUNDING * torch.finfo(found.V.dtype).eps * values[:, :1]
+    error = error_bounds(values, found.estimate[member], following) + rounding
     larger = (ritz.values[:, :k] > values + 2 * error).any(1)
     found.checks[member] += 1
     found.verified[member] = ~larger
-    found.following[member] = torch.maximum(
-        found.following[member], ritz.values[:, k : k + 1].sum(1)
-    )
+    found.following[member] = following.maximum(ritz.values[:, k : k + 1].sum(1))
     found.steps[member] = fact.steps.cpu()
     found.reseeds[member] = fact.reseeds.cpu()
-    return fact.select(larger & (found.checks[member] <= k + 1))
+    # Each failed check brings a larger value into the set of k: more cannot be needed.
+    goes_on = larger & (found.checks[member] <= k + 1)
+    return [fact.select(goes_on)] if goes_on.any() else []

@@ -89,7 +89,8 @@ def make_plan(
         method: 'lanczos', 'stream', 'dense', or 'auto', which chooses between the first two.
         tol: Largest residual relative to σ₁; by default 1e-5 in float32 and 1e-10 in float64.
         seed: Seeds every random vector.
-        memory: Bytes to work within; by default half of what is available.
+        memory: Bytes to work within; by default at most half of what is available, a power of two
+            so that runs on one machine agree.
 
     Returns:
         The plan.
@@ -111,7 +112,8 @@ def make_plan(
         raise UsageError(f"tol must be at least 0 and below 1, not {tol!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed must be a whole number from 0, not {seed!r}")
-    memory = psutil.virtual_memory().available // 2 if memory is None else memory
+    if memory is None:
+        memory = 2 ** (int(psutil.virtual_memory().available // 2).bit_length() - 1)
     if memory <= 0:
         raise UsageError(f"memory must be a positive number of bytes, not {memory!r}")
 
@@ -175,8 +177,8 @@ def make_plan(
 
 
 # Fitted to transformer Jacobians (d = 256) and to σ_i = i^-1/2. Steps measured for k = 1, 4, 16 and
-# 48: 11, 17, 38, 82 at tol = 1e-5 and 15, 22, 44, 90 at 1e-10. Streams until the last of some dozens
-# of operators had converged, for k = 1 and 16: 3, 4 at tol = 1e-5 and 5, 6 at 1e-10.
+# 48: 11, 17, 38, 82 at tol = 1e-5 and 15, 22, 44, 90 at 1e-10. Streams until the last of dozens of
+# operators had converged, for k = 1 and 16: 3, 4 at tol = 1e-5 and 5, 6 at 1e-10.
 def _lanczos_steps(k: int, small: int, tol: float) -> int:
     return min(small, round(1.55 * k + 6 + 0.8 * _digits(tol)))
 

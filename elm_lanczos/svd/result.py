@@ -4,8 +4,8 @@ For a computed triplet with residual r = max(‖Av − σu‖, ‖Aᵀu − σv�
 within r of σ, and within r²/g where g is the distance from σ to the rest of the spectrum of
 [0 A; Aᵀ 0] (Parlett, *The Symmetric Eigenvalue Problem*, §11.7). Distances to the neighbours are
 taken conservatively, between the ends of their own intervals. An iterative method that accepts
-residuals up to tol·σ₁ cannot tell a value of that size from zero: such values carry at least that
-bound.
+residuals up to tol·σ₁ cannot tell a value of that size from zero, nor order values closer than that
+where the set of k ends among them: there the bound is at least tol·σ₁.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class Solution:
         V: (g, k, d).
         residual: (g, k) float64.
         following: (g,) float64, the largest value that σ_{k+1} may have.
-        unseen: (g,) float64, the size up to which the method may have missed a value.
+        unseen: (g,) float64, the size up to which the method may have missed a value or, among
+            values that close, taken one for another; 0 where it sees all.
         settled: (g,) bool: the method's own tests were passed.
         frobenius_squared: (g,) float64.
         frobenius_error: (g,) float64, its standard error.

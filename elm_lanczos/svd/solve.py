@@ -49,7 +49,7 @@ def svd(
         method: 'lanczos', 'stream', 'dense', or 'auto', which chooses between the first two.
         tol: Largest residual relative to σ₁; by default 1e-5 in float32 and 1e-10 in float64.
         seed: Seeds every random vector; the same seed gives the same bits.
-        memory: Bytes to work within; by default half of what is available.
+        memory: Bytes to work within; by default at most half of what is available.
         progress: Called with the passes made so far.
         plan: A plan to follow in place of k, method, tol, seed and memory, for control of every
             detail: ``replace(make_plan(...), basis=30)``.
@@ -148,8 +148,10 @@ def _check(plan: Plan, batch: OperatorBatch) -> None:
         raise UsageError(f"the plan asks for k = {plan.k} triplets of operators of {m}×{d}")
     if plan.basis < least[plan.method]:
         raise UsageError(f"basis must be at least {least[plan.method]} here, not {plan.basis}")
-    if plan.method == "lanczos" and not (plan.probes >= 2 and plan.basis <= min(m, d)):
-        raise UsageError(f"lanczos needs probes >= 2 and basis <= {min(m, d)}")
+    if plan.method == "lanczos" and not (plan.probes >= 2 and plan.verify >= 1):
+        raise UsageError("lanczos needs at least 2 probes and 1 step of verification")
+    if plan.method == "lanczos" and plan.basis > min(m, d):
+        raise UsageError(f"basis must be at most {min(m, d)} here, not {plan.basis}")
     if plan.method == "stream" and not plan.k <= plan.width <= min(m, d):
         raise UsageError(f"width must be from {plan.k} to {min(m, d)}, not {plan.width}")
 

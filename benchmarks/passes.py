@@ -1,0 +1,122 @@
+"""Passes per second against the time of the linear path's matrix products alone.
+
+One pass is one vector through the linear path once, forward (JVP) or back (VJP). The floor is what
+must be multiplied whatever the code around it: v, o, up and down of every layer for `block · T`
+rows, and `Pᵀ G` of every head, at the same shapes and in the same run.
+
+    python benchmarks/passes.py --tokens 128 --block 32
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import typer
+from machine import write_results
+from rich.console import Console
+from rich.table import Table
+
+from elm_lanczos import DetachedModel
+
+
+def seconds(work: Callable[[], object], repeats: int) -> list[float]:
+    """Times `work` after one warm-up.
+
+    Args:
+        work: what to time.
+        repeats: how often.
+
+    Returns:
+        Seconds of each repeat.
+    """
+    work()
+    taken = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begun)
+    return taken
+
+
+def matrix_products(model: DetachedModel, tokens: int, block: int) -> Callable[[], None]:
+    """Returns the matrix products of one block of VJPs, and nothing else.
+
+    Args:
+        model: a Llama-like model.
+        tokens: sequence length T.
+        block: vectors.
+
+    Returns:
+        A function that multiplies them all.
+    """
+    config = model.hf_model.config
+    layers = []
+    for layer in model.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        weights = [
+            module.weight.detach().to(model.compute_dtype)
+            for module in (attn.v_proj, attn.o_proj, mlp.up_proj, mlp.down_proj)
+        ]
+        layers.append([(torch.randn(block * tokens, w.shape[0]), w) for w in weights])
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    P = torch.rand(kv_heads, heads // kv_heads * tokens, tokens).mT
+    G = torch.randn(kv_heads, P.shape[2], block * config.head_dim)
+
+    def multiply() -> None:
+        for layer in layers:
+            for x, w in layer:
+                torch.mm(x, w)
+            torch.bmm(P, G)
+
+    return multiply
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="Sequence length T.")] = 128,
+    block: Annotated[int, typer.Option(help="Vectors in a block.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Timed repeats; the three take turns.")] = 7,
+    model: Annotated[str | None, typer.Option(help="Model; default: the bundled one.")] = None,
+) -> None:
+    """Print the table and write benchmarks/results/passes.json."""
+    detached = DetachedModel.from_pretrained(model)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = detached.embedding.weight.shape[0]
+    ids = torch.randint(vocabulary, (tokens,), generator=generator)
+    lin = detached.linearize(ids, block=block)
+    cotangents = torch.randn(block, lin.output.shape[0], generator=generator)
+    tangents = torch.randn(block, *lin.inputs.shape, generator=generator)
+    works = {
+        "matrix products alone": matrix_products(detached, tokens, block),
+        "VJP": lambda: lin.vjp(cotangents),
+        "JVP": lambda: lin.jvp(tangents),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):  # in turn, so that a drifting machine is fair to all
+        for name, work in works.items():
+            taken[name] += seconds(work, 1)
+    floor = taken["matrix products alone"]
+    figures = {
+        name: {
+            "seconds": statistics.median(values),
+            "passes_per_second": block / statistics.median(values),
+            "ratio": statistics.median(v / f for v, f in zip(values, floor, strict=True)),
+        }
+        for name, values in taken.items()
+    }
+    table = Table(title=f"{detached.name}, T = {tokens}, block of {block}, medians of {repeats}")
+    for column in ("", "seconds", "passes/s", "× matrix products"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, figure in figures.items():
+        row = [f"{figure[key]:.3g}" for key in ("seconds", "passes_per_second", "ratio")]
+        table.add_row(name, *row)
+    Console().print(table)
+    path = write_results("passes", {"tokens": tokens, "block": block, "figures": figures})
+    Console().print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
