@@ -7,7 +7,7 @@ decode to words. See `DetachedModel`, `svd` and `open_results`.
 
 from typing import TYPE_CHECKING
 
-import elm_lanczos.svd  # the package, once and for all, so that it never hides the function
+import elm_lanczos.svd  # noqa: F401 (the package, once and for all, so that it never hides the function)
 from elm_lanczos.lazy import lazy_names
 
 del svd  # noqa: F821 (bound by the import above)

@@ -319,9 +319,9 @@ def _zero(constant: Any) -> Any:
 def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """Bilinear in its first two arguments: elementwise and matrix products.
 
-    `LINEAR · NONLINEAR` freezes the second; `act(g) · u` freezes `act(g)`; any other product of two
-    `LINEAR` tensors is `NONLINEAR`. A gate times a `NONLINEAR` tensor is `NONLINEAR` too: both
-    would be coefficients.
+    `LINEAR · NONLINEAR` freezes the second; `act(g) · u`, elementwise and of one shape as in a gated
+    MLP, freezes `act(g)`; any other product of two `LINEAR` tensors is `NONLINEAR`. A gate times a
+    `NONLINEAR` tensor is `NONLINEAR` too: both would be coefficients.
 
     Returns:
         The product, marked.
@@ -331,7 +331,8 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     frozen = None
     if kinds == [Kind.LINEAR, Kind.LINEAR]:
         activated = [bool(m and m.activated) for m in marks]
-        frozen = activated.index(True) if sum(activated) == 1 else None
+        gated = function_name(func) in _ELEMENTWISE and args[0].shape == args[1].shape
+        frozen = activated.index(True) if gated and sum(activated) == 1 else None
     elif Kind.LINEAR in kinds and Kind.NONLINEAR in kinds:
         gate = marks[kinds.index(Kind.LINEAR)]
         frozen = None if gate and gate.activated else kinds.index(Kind.NONLINEAR)
@@ -348,6 +349,9 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         mark = Mark(Kind.FROZEN)
     set_mark(result, mark)
     return result
+
+
+_ELEMENTWISE = {"mul", "multiply"}
 
 
 def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -533,7 +537,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_DECISION.split(), decision),
     **dict.fromkeys(_ACTIVATION.split(), activation),
     **dict.fromkeys("add sub rsub subtract".split(), addition),
-    **dict.fromkeys("mul multiply".split(), product),
+    **dict.fromkeys(_ELEMENTWISE, product),
     **dict.fromkeys("div truediv divide".split(), quotient),
     **dict.fromkeys("matmul bmm mm mv".split(), matrix_product),
     **dict.fromkeys("linear conv1d".split(), affine),

@@ -195,7 +195,7 @@ def test_what_did_not_converge_is_said_and_has_its_own_exit_code(
     command, tiny_folder: Path, tmp_path: Path
 ) -> None:
     given = ["--model", tiny_folder, "--text", TEXT, "--method", "lanczos", "--tol", "1e-15"]
-    code, out, err = command("run", *given, "--out", tmp_path / "r.zarr")
+    code, _, _ = command("run", *given, "--out", tmp_path / "r.zarr")
     statuses = {int(s) for s in open_results(tmp_path / "r.zarr").prompts[0].status}
     assert (code == 3) == (3 in statuses) and (code == 0) == (statuses == {2})
 

@@ -48,6 +48,9 @@ def run(function, x: torch.Tensor, **options):
         (lambda x: nn.functional.gelu(x), Kind.LINEAR),
         (lambda x: torch.sigmoid(x) * x, Kind.LINEAR),
         (lambda x: x * x, Kind.NONLINEAR),
+        # which of the two is the gate cannot be told, as in a state-space scan
+        (lambda x: nn.functional.silu(x) * x[:, None], Kind.NONLINEAR),
+        (lambda x: nn.functional.silu(x) * nn.functional.silu(2 * x), Kind.NONLINEAR),
         (lambda x: x + torch.exp(x), Kind.NONLINEAR),
         (lambda x: x.detach(), Kind.NONLINEAR),
         (lambda x: torch.cat([x, x.abs()]), Kind.NONLINEAR),

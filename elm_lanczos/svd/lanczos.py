@@ -317,8 +317,9 @@ class _Found:
         self.V[lost] = self.U[lost] = torch.nan
         self.values[member] = ritz.values[:, :k].where(ritz.finite[:, None], torch.nan)
         self.estimate[member] = ritz.residual[:, :k]
-        following = (ritz.values + ritz.residual)[:, k : k + 1].sum(1)
-        self.following[member] = torch.maximum(self.following[member], following)
+        upper = ritz.values + ritz.residual
+        unknown = torch.full_like(upper[:, 0], 0.0 if k == self.group.short else torch.inf)
+        self.following[member] = upper[:, k] if j > k else unknown
         self.verified[member] = j == self.group.short
         self.norm[place] = fact.norm
         self.steps[member] = fact.steps.cpu()

@@ -175,7 +175,9 @@ def assemble(
     rounding = units.to(found.S.device) * torch.finfo(dtype).eps * found.S[:, 0]
     bound = error_bounds(found.S, found.residual, found.following).maximum(rounding[:, None])
     unseen = found.unseen[:, None]
-    bound = torch.where(2 * unseen >= found.S, bound.maximum(unseen), bound)
+    above_next = found.S - found.following[:, None]
+    vague = (unseen > 0) & (torch.minimum(above_next, found.S / 2) <= unseen)
+    bound = torch.where(vague, bound.maximum(unseen), bound)
     largest = found.S[:, :1]
     worst = found.residual.amax(1, keepdim=True)
     status = torch.full((len(index),), int(Status.NOT_CONVERGED), dtype=torch.uint8)
