@@ -4,21 +4,22 @@ A freezing rule is exact for an architecture, not for a checkpoint: the same mod
 weights and a width of 32 exercise it just as well. So any configuration, from a model type's
 defaults to that of a 70B checkpoint, is shrunk *by structure*:
 
-- the role of a field (heads, width, rank, window, …) is read from the words of its name, and one
-  table says what is left of each role (`ROLES`); ratios to the model's width, equal numbers of
-  heads and sums of head dimensions are kept;
-- the layers are built on the meta device and compared, and the fewest layers are kept with which
-  every kind of layer of the full model still occurs;
-- everything that is not a size (biases, caps, activations, gates, norms) stays as it is.
+- the words of a field's name say which role it plays (heads, width, rank, window, …), and one table
+  says what is left of each role (`ROLES`); ratios to the model's width, equal numbers of heads and
+  sums and products of head dimensions are kept;
+- the layers are built on the meta device and compared, and the fewest are kept with which every
+  kind of layer of the full model still occurs;
+- whatever is not a size (biases, caps, activations, gates, norms) stays as it is.
 
-The few models whose configuration does not say enough are in `OVERRIDES`.
+The few model types whose defaults are incomplete or contradictory are in `COMPLETIONS`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,334 +30,420 @@ from elm_lanczos.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-VOCABULARY, POSITIONS, WIDTH, HEADS, HEAD_DIM = 128, 64, 32, 4, 8
-LEAST_LAYERS = 3
-"""Layers kept of a model whose layers are all alike: a first, a middle and a last one."""
+Plain = dict[str, Any]
+"""A configuration as plain data, sub-configurations as nested dicts."""
+
+WIDTH = 32
+HEADS = 4
+HEAD_DIM = 8
+VOCABULARY = 128
+POSITIONS = 64
 
 PROMPT = (10, 17, 42, 42, 9, 88, 33, 61, 25, 70, 12)
-"""Token ids that are no special tokens of any tiny model; longer than every tiny window."""
+"""Token ids that are special in no tiny model: longer than every window, with a repetition."""
 
-ROLES: tuple[tuple[str, str], ...] = (
-    # the first pattern found in a field's name gives its role; see `_smaller` for what each keeps
-    ("special token", r"(token|bos|eos|pad)_(id|index)$"),
-    ("kept", r"label|_(ids|idxs|idx|index)$|_layers$|layer_types|seed|kernel|d_conv|conv1d_width"),
-    ("vocabulary", r"vocab|codebook_size|n_langs"),
-    ("positions", r"max_.*position|max_.*length|max_seq_len|n_positions|n_ctx|context_length"),
-    ("window", r"window|chunk|block_size|local_attention|compress_r|topk_blocks|_budget|index_topk"),
-    ("key heads", r"(kv|key_value|key)_heads|query_groups|n_?groups$"),
-    ("heads", r"heads?(_per_layer)?$|n_heads"),
-    ("rotary dim", r"rotary_dim"),
-    ("head dim", r"head_?(dim|size)|d_kv|d_head|dim_head|kv_channels"),
-    ("rank", r"rank"),
-    ("state", r"d_state|state_size"),
-    ("chosen", r"experts?_per_tok|topk$|moe_k$|top_k$"),
-    ("chosen groups", r"topk_group"),
-    ("groups", r"n_group$|num_expert_group|o_groups"),
-    ("shared experts", r"shared_experts$"),
-    ("experts", r"experts$|expert_num"),
-    ("width", r"size|dim|d_model|n_embd|n_inner|width|ff|d_inner|d_ssm"),
+ROLES: tuple[tuple[str, str, int | None], ...] = (
+    # role, pattern of the field names that play it (the first that matches), the largest value left
+    # (None: `_smaller` says)
+    ("special token", r"(token|bos|eos|pad)_(id|index)$", None),
+    ("depth", r"^(num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks)$", None),
+    ("depth", r"_layers_per_stack$", None),
+    ("kept", r"label|_(ids|idxs|idx|index)$|_layers$|layer_types|seed|kernel|d_conv|conv1d", None),
+    ("vocabulary", r"vocab|codebook_size|n_langs", VOCABULARY),
+    ("positions", r"max_.*(position|length)|max_seq_len|n_positions|n_ctx|context_length", POSITIONS),
+    ("window", r"window|chunk|block_size|local_attention|compress_r|_budget|index_topk|_n_floor", 4),
+    ("rotary dim", r"rotary_dim", HEAD_DIM // 2),
+    ("head dim", r"head_?(dim|size)$|d_kv|d_head|dim_head|kv_channels", None),
+    ("key heads", r"(kv|key_value|key)_heads|kv_n_heads|query_groups|n_?groups$", None),
+    ("heads", r"heads?(_per_layer)?$", None),
+    ("rank", r"rank", 8),
+    ("state", r"d_state|state_size", 8),
+    ("experts chosen", r"experts?_per_tok|topk$|moe_k$|top_k$", 2),
+    ("groups chosen", r"topk_group", 1),
+    ("expert groups", r"n_group$|num_expert_group|o_groups", 2),
+    ("shared experts", r"shared_experts$", 1),
+    ("experts", r"experts$|expert_num", None),
+    ("width", r"size|dim|d_model|n_embd|n_inner|width|d_ff|ffn|dff|d_inner|d_ssm|d_rel", None),
+    ("number", r"", 16),
 )
-_DEPTH = r"num_hidden_layers|n_layers?|num_layers|((num_)?(en|de)coder|mask)_layers|num_blocks|.*_per_stack"
-_WIDTH = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "dim")
-_UNNAMED = 16
-"""Largest value left of an integer whose name says nothing."""
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "dim")
+_LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_TRAILING = ("num_kv_shared_layers",)
+_LEAST_LAYERS = 3  # a first, a middle and a last one, where all are alike
+
+_QSA = {"n_heads": 4, "kv_heads": 1, "head_dim": 8, "budget": 4, "compress_ratio": 2}
+_COMPASS_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_COMPLETIONS_QWEN4: Plain = {f"indexer_{k}": v for k, v in _QSA.items()}
+COMPLETIONS: dict[str, Plain] = {
+    # model type → what its default configuration lacks for a model to be built and run
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _COMPASS_ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "qwen4_exp": {"text_config": _COMPLETIONS_QWEN4},
+    "qwen4_exp_text": _COMPLETIONS_QWEN4,
+    "xmod": {"default_language": "en_XX"},
+}
 
 
 def causal_architectures() -> list[str]:
-    """Returns the model types that `transformers.AutoModelForCausalLM` knows, sorted."""
+    """Returns the model types that transformers' `AutoModelForCausalLM` knows, sorted."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_config(config_or_model_type: PreTrainedConfig | str) -> PreTrainedConfig:
-    """Returns a configuration of the same architecture a few thousand times smaller.
+    """Returns a configuration of the same architecture with thousands instead of billions of weights.
 
     Args:
-        config_or_model_type: any configuration, or a model type for that type's defaults. It is
-            left as it is.
+        config_or_model_type: a configuration, which is left as it is, or a model type, for the
+            defaults of that type.
 
     Returns:
         A new configuration of the same class.
 
     Raises:
         UsageError: if transformers has no such model type.
-        ModelError: if its default configuration cannot be constructed, or no model can be built
-            from it even on the meta device.
+        ModelError: if the configuration cannot be constructed, or no model built from it.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    if isinstance(config_or_model_type, str):
-        if config_or_model_type not in CONFIG_MAPPING:
-            raise UsageError(f"transformers has no model type {config_or_model_type!r}")
-        given = OVERRIDES.get(config_or_model_type, {})
-        config = _attempt("its default configuration", AutoConfig.for_model, config_or_model_type)
-    else:
-        config, given = config_or_model_type, {}
-    kind = type(config)
-    plain = _narrow(config.to_dict() | given)
-    return _shallow(kind, plain)
+    config = config_or_model_type
+    if isinstance(config, str):
+        if config not in CONFIG_MAPPING:
+            raise UsageError(f"transformers has no model type {config!r}")
+        given = COMPLETIONS.get(config, {})
+        config = _attempt("its default configuration", AutoConfig.for_model, config, **given)
+    plain = config.to_dict()
+    return _shallow(type(config), _narrow(plain, _special_tokens(plain)))
 
 
-# ------------------------------------------------------------------------------ widths
+def tiny_model(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> PreTrainedModel:
+    """Builds a random model that exercises every part of its architecture.
+
+    Weights are drawn so that attention, routers and gates are far from uniform, and so that nothing
+    is trivially zero or one: a gate or layer scale that starts at zero would hide a wrong rule.
+
+    Args:
+        config: a small configuration; it is left as it is.
+        dtype: of the weights. Experts of a float64 model are computed by the `eager`
+            implementation, torch having no grouped matrix product in that precision on the CPU.
+        seed: of the weights.
+
+    Returns:
+        The model in evaluation mode, on the CPU, with finite logits for `PROMPT`.
+
+    Raises:
+        ModelError: if it cannot be built, is an encoder-decoder, does not run on plain input ids in
+            that dtype, or gives logits that are not finite.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _attempt("the model", _build, copy.deepcopy(config), "cpu", dtype).eval()
+    _randomise(model, torch.Generator().manual_seed(seed))
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder")
+    logits = _attempt("its forward pass on plain input ids", logits_of, model, torch.tensor(PROMPT))
+    if not logits.isfinite().all():
+        raise ModelError(f"{type(model).__name__} gives logits that are not finite")
+    return model
 
 
-def _role(name: str) -> str:
-    return next((role for role, pattern in ROLES if re.search(pattern, name)), "")
+def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Returns a model's own logits (T, vocabulary) for ids (T,)."""
+    options: Plain = {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options["use_cache"] = False
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids[None].to(model.device), **options).logits[0]
+    return logits
 
 
-def _narrow(plain: dict[str, Any]) -> dict[str, Any]:
-    """Shrinks every size in a configuration's plain data, sub-configurations included."""
-    ints = {k: v for k, v in plain.items() if type(v) is int}
-    width = next((ints[k] for k in _WIDTH if k in ints), None)
-    small: dict[str, Any] = {}
-    special = iter(range(VOCABULARY - 1, 0, -1))
+# ------------------------------------------------------------------------------- width
+
+
+def _special_tokens(plain: Plain) -> dict[int, int]:
+    """Maps the special tokens outside the small vocabulary to its last ids."""
+    found: set[int] = set()
+
+    def collect(name: str, value: int) -> int:
+        if _role(name)[0] == "special token" and value >= VOCABULARY:
+            found.add(value)
+        return value
+
+    _each_integer(plain, collect)
+    return {token: VOCABULARY - 1 - i for i, token in enumerate(sorted(found))}
+
+
+def _each_integer(value: Any, change: Callable[[str, int], int], name: str = "") -> Any:
+    """Returns plain data with every integer changed, given the name of the field it is in."""
+    if isinstance(value, dict):
+        return {k: _each_integer(v, change, name or str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_each_integer(v, change, name) for v in value)
+    return change(name, value) if type(value) is int else value
+
+
+def _role(name: str) -> tuple[str, int | None]:
+    return next((role, left) for role, pattern, left in ROLES if re.search(pattern, name))
+
+
+def _is_config(name: str, value: Any) -> bool:
+    return isinstance(value, dict) and ("model_type" in value or name.endswith("_config"))
+
+
+def _narrow(plain: Plain, special: Mapping[int, int]) -> Plain:
+    """Shrinks every size of a configuration's plain data, sub-configurations included."""
+    sizes = {name: value for name, value in plain.items() if type(value) is int}
+
+    def change(name: str, value: int) -> int:
+        return _smaller(name, value, sizes, special)
+
+    small: Plain = {}
     for name, value in plain.items():
-        if name in ("quantization_config", "auto_map", "id2label", "label2id"):
-            continue  # how a checkpoint is stored and loaded, and what another head predicts
-        if isinstance(value, dict) and ("model_type" in value or name.endswith("_config")):
-            small[name] = _narrow(value)
-        elif isinstance(value, dict) and name == "per_layer_config":
-            small[name] = {k: _narrow(plain | v) | {} for k, v in value.items()}
-            small[name] = {k: {n: small[name][k][n] for n in v} for k, v in value.items()}
+        if name in {"quantization_config", "auto_map", "id2label", "label2id", "dtype"}:
+            continue  # how a checkpoint is stored and loaded; labels of other heads
+        if name == "per_layer_config":
+            small[name] = {
+                layer: {k: _narrow(plain | own, special)[k] for k in own}
+                for layer, own in value.items()
+            }
+        elif _is_config(name, value):
+            small[name] = _narrow(value, special)
         else:
-            small[name] = rebuild_ints(value, lambda v, n=name: _smaller(n, v, ints, width, special))
-    if "num_key_value_heads" in small and small["num_key_value_heads"] is None:
-        small["num_key_value_heads"] = small.get("num_attention_heads")
-    if "head_dim" in small and small["head_dim"] is None:
+            small[name] = _each_integer(value, change, name)
+    if small.get("head_dim", 0) is None:
         small["head_dim"] = HEAD_DIM
-    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
-    if "qk_head_dim" in small and all(p in small for p in parts):
-        small["qk_head_dim"] = sum(small[p] for p in parts)
+    if small.get("num_key_value_heads", 0) is None:
+        small["num_key_value_heads"] = small.get("num_attention_heads")
+    if "is_decoder" in small:
+        small["is_decoder"] = True  # what makes an encoder's architecture a causal language model
     _narrow_rope(small)
     return small
 
 
-def rebuild_ints(value: Any, change: Callable[[int], int]) -> Any:
-    if isinstance(value, dict):
-        return {k: rebuild_ints(v, change) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(rebuild_ints(v, change) for v in value)
-    return change(value) if type(value) is int else value
-
-
-def _smaller(
-    name: str, value: int, ints: dict[str, int], width: int | None, special: Iterator[int]
-) -> int:
-    """Returns what is left of one integer."""
-    role = _role(name)
+def _smaller(name: str, value: int, sizes: dict[str, int], special: Mapping[int, int]) -> int:
+    """Returns what is left of one size, keeping its relations to the others."""
+    role, left = _role(name)
+    width = next((sizes[n] for n in _WIDTH_NAMES if n in sizes), None)
     if role == "special token":
-        return value if value < VOCABULARY else next(special)
-    if role == "kept" or re.fullmatch(_DEPTH, name):
+        return special.get(value, value)
+    if role in {"depth", "kept"}:
         return value
-    if role == "width":
-        if not width:
-            return min(value, WIDTH)
-        return min(value, max(8, 8 * round(WIDTH * value / width / 8)), 4 * WIDTH)
-    if role == "heads":
-        expand = next((ints[k] for k in ("expand", "mamba_expand") if k in ints), None)
-        if expand and width and any(
-            value * d == expand * width for k, d in ints.items() if _role(k) == "head dim"
-        ):
-            return expand * WIDTH // HEAD_DIM
-        return min(value, HEADS)
-    if role == "key heads":
+    if role == "head dim":
+        parts = [sizes.get(f"qk_{part}_head_dim", 0) for part in ("nope", "rope")]
+        left = 2 * HEAD_DIM if all(parts) and value == sum(parts) else HEAD_DIM
+    elif role == "heads":
+        expanded = (width or 0) * sizes.get("expand", sizes.get("mamba_expand", 0))
+        inner = {sizes.get("mamba_d_ssm", 0), expanded}
+        products = {value * v for n, v in sizes.items() if _role(n)[0] == "head dim"}
+        target = next(iter(products & inner), 0)
+        if target and width:  # heads · head_dim = expand · width
+            return max(1, WIDTH * target // width // HEAD_DIM)
+        left = HEADS
+    elif role == "key heads":
         prefix = name.split("num_")[0]
-        partners = [v for k, v in ints.items() if _role(k) == "heads" and k.startswith(prefix)]
-        return min(value, HEADS if value in partners else HEADS // 2)
-    grouped = any(_role(k) == "groups" and v > 1 for k, v in ints.items())
-    largest = {
-        "vocabulary": VOCABULARY,
-        "positions": POSITIONS,
-        "window": 4,
-        "rotary dim": HEAD_DIM // 2,
-        "head dim": HEAD_DIM,
-        "rank": 8,
-        "state": 8,
-        "chosen": 2,
-        "chosen groups": 1,
-        "groups": 2,
-        "shared experts": 1,
-        "experts": 8 if grouped else 4,
-    }
-    return min(value, largest.get(role, _UNNAMED if value > 32 else value))
+        queries = [v for n, v in sizes.items() if _role(n)[0] == "heads" and n.startswith(prefix)]
+        left = HEADS if value in queries else HEADS // 2
+    elif role == "experts":
+        groups = [v for n, v in sizes.items() if _role(n)[0] == "expert groups"]
+        left = 8 if max(groups, default=1) > 1 else 4
+    elif role == "width":
+        left = max(16, 8 * round(WIDTH * value / width / 8)) if width else WIDTH
+        left = min(left, 4 * WIDTH)
+    return value if left is None else min(value, left)
 
 
-def _narrow_rope(plain: dict[str, Any]) -> None:
-    """Fits rotary parameters to the small head dimension."""
-    rotary = plain.get("qk_rope_head_dim") or plain.get("head_dim") or HEAD_DIM
-    for name, value in plain.items():
-        if not name.startswith("rope") or not isinstance(value, dict):
+def _narrow_rope(small: Plain) -> None:
+    """Fits rotary parameters, one set or one for each type of layer, to the small head."""
+    rotary = small.get("qk_rope_head_dim") or small.get("head_dim") or HEAD_DIM
+    for name, value in small.items():
+        if not (name.startswith("rope") and isinstance(value, dict)):
             continue
         for rope in (value, *(v for v in value.values() if isinstance(v, dict))):
             half = int(rotary * rope.get("partial_rotary_factor", 1)) // 2
-            if "original_max_position_embeddings" in rope:
+            if rope.get("original_max_position_embeddings"):
                 rope["original_max_position_embeddings"] = POSITIONS // 2
-            for factor in ("short_factor", "long_factor"):
-                if rope.get(factor):
-                    rope[factor] = rope[factor][:half]
-            if rope.get("mrope_section"):
-                section = rope["mrope_section"]
-                rest = [half // len(section)] * (len(section) - 1)
+            for factors in ("short_factor", "long_factor"):
+                if rope.get(factors):
+                    rope[factors] = rope[factors][:half]
+            if sections := rope.get("mrope_section"):
+                rest = [half // len(sections)] * (len(sections) - 1)
                 rope["mrope_section"] = [half - sum(rest), *rest]
 
 
 # ------------------------------------------------------------------------------- depth
 
 
-def _shallow(kind: type[PreTrainedConfig], plain: dict[str, Any]) -> PreTrainedConfig:
+def _shallow(kind: type[PreTrainedConfig], plain: Plain) -> PreTrainedConfig:
     """Keeps the fewest layers with which every kind of layer of the full model still occurs."""
-    full = _attempt("its configuration", kind.from_dict, _copy(plain))
-    model = _attempt("the model", _build, full, "meta")
+    full = _attempt("its configuration", kind.from_dict, copy.deepcopy(plain))
+    model = _attempt("the model", _build, copy.deepcopy(full), "meta", torch.float32)
     text = full.get_text_config(decoder=True)
     key = next((k for k, v in vars(full).items() if v is text), None)
     values = plain if key is None else plain[key]
-    depths = {v for k, v in values.items() if re.fullmatch(_DEPTH, k) and type(v) is int}
-    depths |= {text.num_hidden_layers} if hasattr(text, "num_hidden_layers") else set()
-    stacks = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in depths}
-    depth = max((len(m) for m in stacks.values()), default=0)
-    if depth <= LEAST_LAYERS:
-        return full
+    depths = {v for k, v in values.items() if type(v) is int and _role(k)[0] == "depth"}
+    depths.add(getattr(text, "num_hidden_layers", 0))
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    depth = max((len(m) for m in stacks.values() if len(m) in depths), default=0)
     stacks = {n: m for n, m in stacks.items() if len(m) == depth}
-    wanted = _kinds(stacks)
+    if depth <= _LEAST_LAYERS:
+        return full
+    layers = _describe(stacks)
+    telling = _telling(layers)
     for chosen in _choices(values, depth):
         cut = _cut(values, depth, chosen)
-        small = cut if key is None else plain | {key: cut}
-        small = {k: _cut(v, 0, [0, 1]) if k != key and isinstance(v, dict) and "model_type" in v else v for k, v in small.items()}
+        small = {k: _cut(v, 0, [0, 1]) if _is_config(k, v) else v for k, v in plain.items()}
+        small = cut if key is None else small | {key: cut}
         try:
-            config = kind.from_dict(_copy(small))
-            model = _build(config, "meta")
-        except Exception:  # too few layers for this model
-            if len(chosen) == depth:
-                raise
+            config = kind.from_dict(copy.deepcopy(small))
+            model = _build(copy.deepcopy(config), "meta", torch.float32)
+        except Exception:  # this model needs other or more layers
             continue
-        if _kinds({n: m for n, m in model.named_modules() if n in stacks}) >= wanted:
+        kept = {n: m for n, m in model.named_modules() if n in stacks and isinstance(m, nn.ModuleList)}
+        if _kinds(_describe(kept), telling) >= _kinds(layers, telling):
             return config
     return full
 
 
-def _choices(values: dict[str, Any], depth: int) -> Iterator[list[int]]:
-    """Yields candidate sets of layers: one of each kind the lists tell apart, then prefixes."""
-    lists = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == depth]
-    members = [v for k, v in values.items() if _names_layers(k, v, depth)]
-    kinds: dict[Any, int] = {}
+def _choices(values: Plain, depth: int) -> Iterator[list[int]]:
+    """Yields layers to keep: one of each kind that the configuration tells apart, then prefixes."""
+    kinds: dict[str, int] = {}
     for i in range(depth):
-        kinds.setdefault(repr([v[i] for v in lists] + [i in v for v in members]), i)
-    first = sorted(kinds.values())
-    first += [i for i in range(depth) if i not in first][: max(0, LEAST_LAYERS - len(first))]
-    if len(first) < 8:
-        yield sorted(first)
-    for n in range(LEAST_LAYERS, depth + 1):
+        kind = [
+            value[i] if _is_per_layer(value, depth) else i in _members(name, value, depth)
+            for name, value in values.items()
+        ]
+        kinds.setdefault(repr(kind), i)
+    chosen = set(kinds.values())
+    for i in range(depth):
+        if len(chosen) < _LEAST_LAYERS:
+            chosen.add(i)
+    yield sorted(chosen)
+    for n in range(_LEAST_LAYERS, depth):
         yield list(range(n))
 
 
-def _names_layers(name: str, value: Any, depth: int) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) != depth
-        and re.search(r"layers|_ids|idxs|indexes", name) is not None
-        and "token" not in name
-        and all(type(i) is int for i in value)
-    )
+def _is_per_layer(value: Any, depth: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == depth
 
 
-def _cut(values: dict[str, Any], depth: int, chosen: list[int]) -> dict[str, Any]:
+def _members(name: str, value: Any, depth: int) -> list[int]:
+    """Returns the layers that a field singles out, if it does so."""
+    if type(value) is int and name in _LEADING:
+        return list(range(value))
+    if type(value) is int and name in _TRAILING:
+        return list(range(depth - value, depth))
+    if name == "per_layer_config":
+        return [int(i) for i in value]
+    if isinstance(value, (list, tuple)) and re.search(r"layers$|_ids$|idxs|indexes", name):
+        return [i for i in value if type(i) is int]
+    return []
+
+
+def _cut(values: Plain, depth: int, chosen: list[int]) -> Plain:
+    """Returns plain data with the chosen layers only."""
     cut = dict(values)
     for name, value in values.items():
-        if type(value) is int and re.fullmatch(_DEPTH, name):
-            cut[name] = min(value, len(chosen))
-        elif isinstance(value, (list, tuple)) and len(value) == depth:
-            cut[name] = type(value)(value[i] for i in chosen)
-        elif _names_layers(name, value, depth):
-            cut[name] = type(value)(chosen.index(i) for i in value if i in chosen)
-        elif name == "per_layer_config" and isinstance(value, dict):
-            cut[name] = {chosen.index(int(k)): v for k, v in value.items() if int(k) in chosen}
-        elif name == "num_kv_shared_layers" and depth:
-            cut[name] = value * len(chosen) // depth
+        kept = [chosen.index(i) for i in _members(name, value, depth) if i in chosen]
+        if type(value) is int and _role(name)[0] == "depth":
+            cut[name] = len(chosen)
+        elif _is_per_layer(value, depth):
+            cut[name] = [value[i] for i in chosen]
+        elif name in (*_LEADING, *_TRAILING):
+            cut[name] = len(kept)
+        elif name == "per_layer_config":
+            cut[name] = {chosen.index(int(i)): v for i, v in value.items() if int(i) in chosen}
+        elif _members(name, value, depth):
+            cut[name] = kept
     return cut
 
 
-def _kinds(stacks: dict[str, nn.Module]) -> set[Any]:
-    """Returns the different kinds of layers: their modules, shapes and plain attributes."""
-    described = [
+_Layer = dict[tuple[str, str, str, str], Any]
+"""What there is to see of a layer: (stack, module, its class, attribute) → value or shape."""
+
+
+def _describe(stacks: Mapping[str, nn.Module]) -> list[_Layer]:
+    return [
         {
             (stack, name, type(module).__name__, attribute): value
             for name, module in layer.named_modules()
             for attribute, value in _attributes(module)
         }
         for stack, layers in stacks.items()
-        for layer in layers
+        for layer in layers.children()
     ]
-    values: dict[Any, list[Any]] = {}
-    for layer in described:
-        for place, value in layer.items():
-            values.setdefault(place, []).append(value)
-    counts = {p for p, v in values.items() if len(v) > 2 and len(set(v)) > len(v) / 2}
-    return {frozenset((p, v) for p, v in layer.items() if p not in counts) for layer in described}
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield "", ""
+    yield "", True  # the module is there
     for name, parameter in module.named_parameters(recurse=False):
         yield name, tuple(parameter.shape)
     for name, value in vars(module).items():
-        if isinstance(value, (bool, int, float, str)) and not re.search(r"^_|idx|index|layer_(number|id)|^training", name):
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_"):
             yield name, value
 
 
-# ------------------------------------------------------------------------------ models
+def _telling(layers: list[_Layer]) -> set[Any]:
+    """Returns where layers differ in kind, and not just by their number in the stack."""
+    values: dict[Any, list[Any]] = {}
+    for layer in layers:
+        for place, value in layer.items():
+            values.setdefault(place, []).append(value)
+    return {
+        place
+        for place, found in values.items()
+        if (len(found) < len(layers) or len(set(found)) > 1)
+        and not (len(set(found)) > len(found) / 2 and len(found) > 2)
+        and not re.search(r"idx|index|layer_(number|id)", place[3])
+    }
 
 
-def _copy(plain: dict[str, Any]) -> dict[str, Any]:
-    import copy
-
-    return copy.deepcopy(plain)
+def _kinds(layers: list[_Layer], telling: set[Any]) -> set[Any]:
+    return {frozenset((p, v) for p, v in layer.items() if p in telling) for layer in layers}
 
 
-def _attempt(what: str, function: Callable[..., Any], *args: Any) -> Any:
+# ------------------------------------------------------------------------------ weights
+
+
+def _attempt(what: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
-        return function(*args)
+        return function(*args, **options)
     except Exception as error:  # configurations and models raise anything at all
-        raise ModelError(f"{what} cannot be built: {type(error).__name__}: {str(error).strip()[:300]}") from error
+        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        raise ModelError(f"{what} fails: {reason}") from error
 
 
-def _build(config: PreTrainedConfig, device: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def _build(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    options = {}
-    if dtype == torch.float64:
-        options["experts_implementation"] = "eager"
+    options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-
-
-def tiny_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
-    model = _attempt("the model", _build, config, "cpu", dtype).eval()
-    g = torch.Generator().manual_seed(seed)
-    randomise(model, g)
-    if model.config.is_encoder_decoder:
-        raise ModelError("it is an encoder-decoder")
-    ids = torch.tensor([PROMPT])
-    with torch.no_grad():
-        logits = _attempt("its output for plain input ids", lambda: model(input_ids=ids).logits)
-    if not logits.isfinite().all():
-        raise ModelError("not finite")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     return model
 
 
-def randomise(model, g):
-    for p in model.parameters():
-        x = p.data
-        if not x.is_floating_point(): continue
-        noise = torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
-        spread = float(x.double().std()) if x.numel() > 1 else 0.0
-        centre = float(x.double().mean())
-        if x.ndim >= 2 and spread > 0 and abs(centre) < spread / 2:
-            p.data = noise * (1.5 / x.shape[-1] ** 0.5)
-        else:
-            p.data = x + 0.3 * noise
-    for name, b in model.named_buffers():
-        if name in model.state_dict() and b.is_floating_point() and b.numel() and (b == b.flatten()[0]).all() and abs(float(b.flatten()[0])) <= 1:
-            b += 0.3 * torch.randn(b.shape, generator=g).to(b.dtype)
+def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Draws the weights anew where they are random, and moves them where they are constants."""
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+    for parameter in model.parameters():
+        weight = parameter.data
+        spread = float(weight.double().std()) if weight.numel() > 1 else 0.0
+        if weight.ndim >= 2 and 2 * abs(float(weight.double().mean())) < spread:
+            parameter.data = noise(weight) * (1.5 / weight.shape[-1] ** 0.5)
+        elif weight.is_floating_point():
+            parameter.data = weight + 0.3 * noise(weight)
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point() and buffer.unique().tolist() in ([0], [1]):
+            buffer += 0.3 * noise(buffer)  # such as the routers' correction biases

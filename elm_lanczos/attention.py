@@ -1,7 +1,7 @@
 r"""Frozen attention: the probabilities `P` are a coefficient, and only `P V` is linear.
 
 transformers looks attention up by name in a registry. `register_attention` adds this module's under
-a name of its own; `DetachedModel.frozen_attention` lets a model use it for the time of a trace. It
+a name of its own; `DetachedModel.frozen` lets a model use it for the time of a trace. It
 is written in plain torch, so that under `freezing.Freezing` its softmax is fixed like any other
 coefficient, and without it computes ordinary attention.
 """
@@ -128,9 +128,10 @@ def _registered_attention(
 
 
 def _registered_mask(*args: Any, **kwargs: Any) -> Any:
-    from transformers.masking_utils import sdpa_mask
+    # additive: also right for models that write their attention out and add the mask themselves
+    from transformers.masking_utils import eager_mask
 
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return eager_mask(*args, **kwargs)
 
 
 def register_attention() -> None:

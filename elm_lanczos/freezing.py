@@ -10,7 +10,7 @@ probabilities and gates. This module runs *unmodified* model code and types ever
 | `NONLINEAR` | another function of the input: may only become a coefficient  | `rsqrt(mean(x²))` |
 | `FROZEN`    | a coefficient that has been fixed                             | attention weights |
 
-A rule per torch function says what comes out (`RULES`, below). A `NONLINEAR` tensor is fixed at the
+A rule per torch function says what comes out (`rules.RULES`). A `NONLINEAR` tensor is fixed at the
 moment it multiplies a `LINEAR` one; a product of two `LINEAR` tensors is resolved by the activation
 mark (`act(g) · u` freezes `act(g)`), or else is `NONLINEAR`. So an exact answer is one whose last
 tensor is `LINEAR`, a `NONLINEAR` one is refused with the name of the operation that made it, and a
@@ -27,14 +27,14 @@ Language Models" (TMLR 2025), which replaced modelling files; here a
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from elm_lanczos.attention import attention, frozen_product
 from elm_lanczos.errors import UnsupportedModelError
 
 
@@ -54,6 +54,8 @@ class Mark(NamedTuple):
     """The output of an activation function: the factor that `act(g) · u` freezes."""
     origin: str = ""
     """For a `NONLINEAR` tensor: the operation (and module) that made it so."""
+    root: Tensor | None = None
+    """The one `LINEAR` tensor of the same shape that this one is an elementwise function of."""
 
 
 def mark_of(value: object) -> Mark | None:
@@ -71,8 +73,8 @@ def set_mark(value: object, mark: Mark | None) -> None:
 
 
 def linear(x: Tensor) -> Tensor:
-    """Returns a view of `x` marked as the input of the linear system."""
-    x = x.view_as(x)
+    """Returns a copy of `x` marked as the input of the linear system."""
+    x = x.clone()
     set_mark(x, Mark(Kind.LINEAR))
     return x
 
@@ -129,6 +131,27 @@ _NAMED_CASTS = {
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Whether a torch function changes its first argument."""
+    name = func.__name__
+    return name in _IN_PLACE or (name.endswith("_") and not name.startswith("__"))
+
+
+_VIEWS = frozenset(
+    "getitem select narrow view view_as transpose swapaxes permute squeeze unsqueeze flatten "
+    "unflatten reshape chunk split unbind expand movedim T mT t diagonal detach".split()
+)
+"""Functions whose result may share memory with their first argument."""
+
+UNTYPED = frozenset(
+    "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized requires_grad "
+    "size dim numel stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
+    "element_size get_device len hash repr format is_leaf grad_fn grad is_nested names itemsize "
+    "nbytes is_inference retain_grad version output_nr device_mesh is_mps is_xpu".split()
+)
+"""Questions about a tensor that do not depend on its values."""
+
+
 class Tape:
     """Coefficients of one evaluation in the order in which they were fixed."""
 
@@ -162,18 +185,21 @@ class Freezing(TorchFunctionMode):
         replay: a tape whose coefficients are used instead of the ones this input would give.
         without_constants: drop additive constants (biases, learned positions, `+ 1`), so that
             `F(0)` shows only what reaches the output in no accounted way: the leak.
-        rules: the rule table (another one only to test what a wrong rule does).
+        rules: for each torch function by name, the rule that freezes it.
+        gate: which factor of a gated MLP `act(g) · u` is held fixed: "frozen" fixes `act(g)`, "up"
+            fixes `u` and goes through `g` with `act(g)/g` fixed.
         module: name of the module being run, for messages.
     """
 
     def __init__(
         self,
         compute_dtype: torch.dtype,
+        rules: Mapping[str, Rule],
         *,
+        gate: str = "frozen",
         record: Tape | None = None,
         replay: Tape | None = None,
         without_constants: bool = False,
-        rules: dict[str, Rule] | None = None,
         module: str = "the model",
     ) -> None:
         super().__init__()
@@ -181,8 +207,20 @@ class Freezing(TorchFunctionMode):
         self.record = record
         self.replay = replay.rewind() if replay is not None else None
         self.without_constants = without_constants
-        self.rules = RULES if rules is None else rules
+        self.rules = rules
+        self.gate = gate
         self.module = module
+
+    def __enter__(self) -> Freezing:
+        """Activates the rules for the torch functions that this thread calls."""
+        _active_modes().append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Deactivates the rules."""
+        super().__exit__(*exc)
+        _active_modes().pop()
 
     def freeze(self, value: Any) -> Any:
         """Fixes a coefficient: a tensor, or a decision such as a Python number or a list."""
@@ -203,7 +241,15 @@ class Freezing(TorchFunctionMode):
         name = function_name(func)
         if name in UNTYPED:
             return func(*args, **kwargs)
-        marks = _marks(args, kwargs)
+        result = self._apply(name, func, args, kwargs)
+        if name in _VIEWS:
+            _remember_base(result, args[0])
+        elif is_in_place(func):
+            _mark_bases(args[0])
+        return result
+
+    def _apply(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        marks = marks_of(args, kwargs)
         if not marks:
             of_weights = any(isinstance(leaf, nn.Parameter) for leaf in flatten((args, kwargs)))
             floor = self.compute_dtype if of_weights else torch.float32
@@ -214,10 +260,12 @@ class Freezing(TorchFunctionMode):
         if any(m.kind == Kind.LINEAR for m in marks):
             raise UnsupportedModelError(
                 f"{self.module}: no freezing rule for {name}(), so this model cannot be linearised "
-                "exactly (rules are rows of elm_lanczos.freezing.RULES)"
+                "exactly (rules are rows of elm_lanczos.rules.RULES)"
             )
         result = self.call(func, args, kwargs)
-        set_mark(result, max(marks, key=lambda m: m.kind))
+        if not all(isinstance(leaf, Tensor) for leaf in flatten(result)):
+            return self.freeze(result)  # a decision
+        set_mark(result, max(marks, key=lambda m: m.kind)._replace(root=None))
         return result
 
     def call(self, func: Any, args: Any, kwargs: Any, floor: torch.dtype | None = None) -> Any:
@@ -241,7 +289,7 @@ class Freezing(TorchFunctionMode):
             return change(func(*args, **kwargs))
         if func.__name__ in _NAMED_CASTS:
             func, args = torch.Tensor.to, (args[0], _NAMED_CASTS[func.__name__])
-        if func.__name__ in _IN_PLACE or func.__name__.endswith("_"):
+        if is_in_place(func):
             return func(args[0], *rebuild(change, args[1:]), **rebuild(change, kwargs))
         return func(*rebuild(change, args), **rebuild(change, kwargs))
 
@@ -259,291 +307,53 @@ class Freezing(TorchFunctionMode):
     def nonlinear(self, func: Any, marks: list[Mark]) -> Mark:
         """Returns the mark of a nonlinear result, keeping the origin of an earlier one."""
         earlier = next((m for m in marks if m.kind == Kind.NONLINEAR), None)
-        return earlier or Mark(Kind.NONLINEAR, origin=f"{function_name(func)}() in {self.module}")
+        made_here = Mark(Kind.NONLINEAR, origin=f"{function_name(func)}() in {self.module}")
+        return earlier._replace(root=None) if earlier else made_here
 
 
 Rule = Callable[[Freezing, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _marks(*values: Any) -> list[Mark]:
+def marks_of(*values: Any) -> list[Mark]:
+    """Returns the marks of all tensors in nested arguments."""
     return [m for leaf in flatten(values) if (m := mark_of(leaf)) is not None]
 
 
-# ---------------------------------------------------------------------------- kinds of rules
+def root_of(value: Any) -> Tensor | None:
+    """Returns the `LINEAR` tensor that a tensor is an elementwise function of, if there is one."""
+    mark = mark_of(value)
+    if mark is None or mark.root is not None:
+        return mark.root if mark else None
+    return value if mark.kind == Kind.LINEAR else None
 
 
-def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """Linear in all tensor arguments together: reshapes, slices, sums, concatenations.
-
-    Integer and boolean arguments that depend on the input (indices, conditions) are decisions and
-    are frozen. A mixture of `LINEAR` and `NONLINEAR` is `NONLINEAR`.
-
-    Returns:
-        The function's own result, marked.
-    """
-
-    def decide(value: Any) -> Any:
-        decision = isinstance(value, Tensor) and not value.dtype.is_floating_point
-        return mode.freeze(value) if decision and mark_of(value) is not None else value
-
-    if any(m.kind == Kind.LINEAR for m in _marks(args, kwargs)):
-        args, kwargs = rebuild(decide, args), rebuild(decide, kwargs)
-    marks = _marks(args, kwargs)
-    result = mode.call(func, args, kwargs)
-    kind = max(m.kind for m in marks)
-    activated = all(m.activated for m in marks) and function_name(func) not in _REDUCTIONS
-    origin = next((m.origin for m in marks if m.origin), "")
-    set_mark(args[0] if func.__name__ == "__setitem__" else result, Mark(kind, activated, origin))
-    return result
+_local = threading.local()
 
 
-_REDUCTIONS = {"sum", "mean", "cumsum"}
+def _active_modes() -> list[Freezing]:
+    if not hasattr(_local, "modes"):
+        _local.modes = []
+    modes: list[Freezing] = _local.modes
+    return modes
 
 
-def addition(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A sum or difference: `LINEAR` plus a constant stays `LINEAR`, the constant going to `c`."""
-    if mode.without_constants and max(m.kind for m in _marks(args)) == Kind.LINEAR:
-        args = tuple(_zero(a) if mark_of(a) is None else a for a in args)
-    return structural(mode, func, args, kwargs)
+def active_mode() -> Freezing | None:
+    """Returns the innermost freezing that is active in this thread."""
+    modes = _active_modes()
+    return modes[-1] if modes else None
 
 
-def constant(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A new tensor of the shape of another, whose values do not depend on it."""
-    return mode.call(func, args, kwargs)
+def _remember_base(view: Any, base: Tensor) -> None:
+    for leaf in flatten(view):
+        if isinstance(leaf, Tensor) and leaf is not base:
+            leaf._elm_base = base  # type: ignore[attr-defined]
 
 
-def _zero(constant: Any) -> Any:
-    return torch.zeros_like(constant) if isinstance(constant, Tensor) else type(constant)(0)
-
-
-def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """Bilinear in its first two arguments: elementwise and matrix products.
-
-    `LINEAR · NONLINEAR` freezes the second; `act(g) · u`, elementwise and of one shape as in a gated
-    MLP, freezes `act(g)`; any other product of two `LINEAR` tensors is `NONLINEAR`. A gate times a
-    `NONLINEAR` tensor is `NONLINEAR` too: both would be coefficients.
-
-    Returns:
-        The product, marked.
-    """
-    marks = [mark_of(a) for a in args[:2]]
-    kinds = [m.kind if m else None for m in marks]
-    frozen = None
-    if kinds == [Kind.LINEAR, Kind.LINEAR]:
-        activated = [bool(m and m.activated) for m in marks]
-        gated = function_name(func) in _ELEMENTWISE and args[0].shape == args[1].shape
-        frozen = activated.index(True) if gated and sum(activated) == 1 else None
-    elif Kind.LINEAR in kinds and Kind.NONLINEAR in kinds:
-        gate = marks[kinds.index(Kind.LINEAR)]
-        frozen = None if gate and gate.activated else kinds.index(Kind.NONLINEAR)
-    if frozen is not None:
-        args = tuple(mode.freeze(a) if i == frozen else a for i, a in enumerate(args))
-        kinds[frozen] = Kind.FROZEN
-    result = mode.call(func, args, kwargs)
-    if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
-        scaled_gate = kinds.count(None) == 1 and any(m and m.activated for m in marks)
-        mark = Mark(Kind.LINEAR, activated=scaled_gate)
-    elif kinds.count(Kind.LINEAR) == 2 or Kind.NONLINEAR in kinds:
-        mark = mode.nonlinear(func, _marks(args))
-    else:
-        mark = Mark(Kind.FROZEN)
-    set_mark(result, mark)
-    return result
-
-
-_ELEMENTWISE = {"mul", "multiply"}
-
-
-def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A quotient is a product with the reciprocal: linear in the numerator alone."""
-    if mark_of(args[1]) is None:
-        return product(mode, func, args, kwargs)
-    kinds = [mark.kind if (mark := mark_of(arg)) else None for arg in args[:2]]
-    if kinds == [Kind.LINEAR, Kind.NONLINEAR]:
-        return product(mode, func, args, kwargs)
-    return coefficient(mode, func, args, kwargs)
-
-
-def matrix_product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A product by a matrix; of batches of matrices with a frozen left factor: `frozen_product`."""
-    left, right = (mark.kind if (mark := mark_of(arg)) else None for arg in args[:2])
-    if (
-        left in (Kind.NONLINEAR, Kind.FROZEN)
-        and right == Kind.LINEAR
-        and args[0].ndim == args[1].ndim >= 3
-        and args[0].shape[:-2] == args[1].shape[:-2]
-    ):
-        P = mode.freeze(args[0]) if left == Kind.NONLINEAR else args[0]
-        result = frozen_product(P, args[1])
-        set_mark(result, Mark(Kind.LINEAR))
-        return result
-    return product(mode, func, args, kwargs)
-
-
-def affine(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """`linear(x, W, b)`, convolutions: a product, plus a bias that goes to `c`."""
-    names = ("input", "weight", "bias")
-    given = dict(zip(names, args[:3], strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
-    rest = {k: v for k, v in kwargs.items() if k not in names}
-    bias = given.get("bias")
-    linear_input = any(m.kind == Kind.LINEAR for m in _marks(given["input"], given["weight"]))
-    if mode.without_constants and linear_input and bias is not None and mark_of(bias) is None:
-        bias = None
-    bias = mode.raise_precision(bias)
-
-    def apply(x: Tensor, W: Tensor, **options: Any) -> Any:
-        return func(x, W, bias, *args[3:], **options)
-
-    apply.__name__ = func.__name__
-    return product(mode, apply, (given["input"], given["weight"]), rest)
-
-
-def coefficient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A function whose value may only serve as a coefficient: `NONLINEAR`."""
-    marks = _marks(args, kwargs)
-    result = mode.call(func, args, kwargs)
-    if all(m.kind == Kind.FROZEN for m in marks):
-        set_mark(result, Mark(Kind.FROZEN))
-    else:
-        set_mark(result, mode.nonlinear(func, marks))
-    return result
-
-
-def decision(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A Python value read from a tensor (`item`, `tolist`, `bool`): replayed, not recomputed."""
-    return mode.freeze(mode.call(func, args, kwargs))
-
-
-def activation(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """`act(z) = z · (act(z)/z)` with the ratio frozen; the result is marked as activated."""
-    z = args[0]
-    mark = mark_of(z)
-    if mark is None or mark.kind != Kind.LINEAR:
-        return coefficient(mode, func, args, kwargs)
-    kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
-    fixed = z.detach()
-    small = torch.full((), torch.finfo(z.dtype).tiny ** 0.5, dtype=z.dtype, device=z.device)
-    at_zero = func(small, *args[1:], **kwargs) / small
-    ratio = mode.call(func, (fixed, *args[1:]), kwargs) / fixed
-    ratio = torch.where(fixed == 0, at_zero, ratio)
-    result = z * mode.freeze(ratio)
-    set_mark(result, Mark(Kind.LINEAR, activated=True))
-    return result
-
-
-def root_mean_square_norm(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """`rms_norm(x, shape, weight, eps)` with its scale frozen."""
-    x, shape, weight, eps = _arguments(args, kwargs, ("input", "normalized_shape", "weight", "eps"))
-    return _normalise(mode, func, x, shape, weight, None, eps, centred=False)
-
-
-def layer_norm(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """`layer_norm(x, shape, weight, bias, eps)` with its scale frozen; centring is linear."""
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
-    x, shape, weight, bias, eps = _arguments(args, kwargs, names)
-    return _normalise(mode, func, x, shape, weight, bias, eps if eps else 1e-5, centred=True)
-
-
-def _arguments(args: Any, kwargs: Any, names: tuple[str, ...]) -> list[Any]:
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return [given.get(name) for name in names]
-
-
-def _normalise(
-    mode: Freezing,
-    func: Any,
-    x: Tensor,
-    shape: Any,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    *,
-    centred: bool,
-) -> Any:
-    mark = mark_of(x)
-    if mark is None or mark.kind != Kind.LINEAR:
-        args = (x, shape, weight, bias, eps) if centred else (x, shape, weight, eps)
-        return coefficient(mode, func, args, {})
-    dims = tuple(range(-len(shape), 0))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    x = mode.raise_precision(x)
-    if centred:
-        x = x - x.mean(dims, keepdim=True)
-    scale = torch.rsqrt(x.detach().square().mean(dims, keepdim=True) + eps)
-    result = x * mode.freeze(scale)
-    if weight is not None:
-        result = result * mode.raise_precision(weight)
-    if bias is not None and not mode.without_constants:
-        result = result + mode.raise_precision(bias)
-    set_mark(result, Mark(Kind.LINEAR))
-    return result
-
-
-def cast(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A change of dtype or device, never to a precision below the working one."""
-    source = args[0]
-    result = mode.call(func, args, kwargs)
-    if not result.dtype.is_floating_point and source.dtype.is_floating_point:
-        set_mark(result, mode.nonlinear(func, _marks(source)))
-    else:
-        set_mark(result, mark_of(source))
-    return result
-
-
-def scaled_dot_product_attention(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """`softmax(q kᵀ) v` as torch's fused function spells it, with the probabilities frozen."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-    q, k, v, mask, _, is_causal, scale = _arguments(args, kwargs, names)
-    if is_causal:
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    with mode:
-        return attention(q, k, v, mask, scale if scale is not None else q.shape[-1] ** -0.5)
-
-
-# ---------------------------------------------------------------------------- the rule table
-
-UNTYPED = frozenset(
-    "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized requires_grad "
-    "size dim numel stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
-    "element_size get_device len hash repr format is_leaf grad_fn grad is_nested names itemsize "
-    "nbytes is_inference retain_grad version output_nr device_mesh is_mps is_xpu".split()
-)
-"""Questions about a tensor that do not depend on its values."""
-
-_STRUCTURAL = (
-    "view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes "
-    "swapdims permute movedim T mT t expand expand_as broadcast_to repeat repeat_interleave tile "
-    "contiguous clone split chunk tensor_split unbind narrow select slice getitem "
-    "setitem index_select gather take_along_dim index_add index_copy scatter scatter_add copy "
-    "masked_select masked_fill masked_scatter where cat concat concatenate stack hstack vstack "
-    "flip roll pad tril triu diagonal unfold dropout sum mean cumsum neg positive"
-)
-_CONSTANT = "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"
-_COEFFICIENT = (
-    "pow square rsqrt sqrt reciprocal exp exp2 expm1 log log1p log2 softmax log_softmax sigmoid "
-    "logsigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin clamp "
-    "clamp_min clamp_max maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod "
-    "prod rdiv rtruediv eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not "
-    "bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor "
-    "any all normalize detach data"
-)
-_DECISION = "item tolist bool int index nonzero_static contains"
-_ACTIVATION = "silu gelu relu relu6 tanh mish elu selu celu leaky_relu hardswish hardtanh softsign"
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(_STRUCTURAL.split(), structural),
-    **dict.fromkeys(_CONSTANT.split(), constant),
-    **dict.fromkeys(_COEFFICIENT.split(), coefficient),
-    **dict.fromkeys(_DECISION.split(), decision),
-    **dict.fromkeys(_ACTIVATION.split(), activation),
-    **dict.fromkeys("add sub rsub subtract".split(), addition),
-    **dict.fromkeys(_ELEMENTWISE, product),
-    **dict.fromkeys("div truediv divide".split(), quotient),
-    **dict.fromkeys("matmul bmm mm mv".split(), matrix_product),
-    **dict.fromkeys("linear conv1d".split(), affine),
-    **dict.fromkeys("to type type_as float double half bfloat16 cuda cpu".split(), cast),
-    "rms_norm": root_mean_square_norm,
-    "layer_norm": layer_norm,
-    "scaled_dot_product_attention": scaled_dot_product_attention,
-}
-"""Torch function name (without in-place underscore) → the rule that freezes it."""
+def _mark_bases(changed: Any) -> None:
+    """What was written into a view is in the tensors it is a view of, too."""
+    mark, base = mark_of(changed), getattr(changed, "_elm_base", None)
+    while mark is not None and base is not None:
+        before = mark_of(base)
+        if before is None or before.kind < mark.kind:
+            set_mark(base, mark._replace(activated=False, root=None))
+        base = getattr(base, "_elm_base", None)

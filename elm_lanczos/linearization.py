@@ -1,8 +1,6 @@
-r"""The chain: a decoder at one input as a product of linearised segments.
+r"""A decoder at one input as a product of linearised segments.
 
-    embeddings → [prelude] → layer 1 → … → layer L → final norm at position p
-
-Each segment is remembered with the input it had, and is turned into a linear map where it is
+Each segment of the chain (see `chain`) is remembered with the input it had, and is turned into a linear map where it is
 needed: `torch.func.vjp` of the frozen segment (see `freezing`), pushed through a whole block of
 vectors at once by `vmap`. A JVP is the VJP transposed: it is the VJP of the (linear) function
 `cotangent ↦ vjp(cotangent)`. So the memory of a pass is that of one layer whatever the depth, and
@@ -21,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from elm_lanczos.errors import ModelError, UnsupportedModelError
-from elm_lanczos.freezing import Freezing, Kind, Tape, flatten, linear, mark_of, rebuild
-from elm_lanczos.model import DetachedModel, Prediction, last_hidden_state
+from elm_lanczos.chain import trace
+from elm_lanczos.errors import ModelError
+from elm_lanczos.freezing import Freezing, Tape, linear
+from elm_lanczos.model import DetachedModel, Prediction
+from elm_lanczos.rules import RULES
 
 if TYPE_CHECKING:
     from elm_lanczos.operators import JointOperator, TokenOperator
@@ -43,6 +43,8 @@ class Certificate:
         residual: largest triplet residual relative to σ₁, once triplets exist.
         orthogonality: largest entry of UᵀU − I and VᵀV − I, once triplets exist.
         dtype: the dtype everything was computed in.
+        not_a_chain: why the decoder was linearised as a whole, not layer by layer; empty if it is a
+            chain of layers.
     """
 
     fidelity: float
@@ -52,6 +54,7 @@ class Certificate:
     residual: float | None = None
     orthogonality: float | None = None
     dtype: str = "float32"
+    not_a_chain: str = ""
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -73,21 +76,6 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures and the verdict as plain data."""
         return {**asdict(self), "exact": self.exact, "failures": self.failures}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One link of the chain: a piece of the frozen decoder and the input it was recorded at.
-
-    Attributes:
-        name: the module's name in the model.
-        function: maps the residual stream (1, T, d) before the segment to that after it.
-        input: (1, T, d), its value for this prompt.
-    """
-
-    name: str
-    function: Callable[[Tensor], Tensor]
-    input: Tensor
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,8 @@ class Linearization:
         rules: another rule table, only to test what a wrong rule does.
 
     Raises:
-        UnsupportedModelError: if the decoder is not a chain of layers that are affine once frozen.
+        UnsupportedModelError: if the decoder is not affine once frozen; the message names the
+            module.
         ModelError: if the forward pass gives values that are not finite.
     """
 
@@ -139,10 +128,12 @@ class Linearization:
         self.inputs = inputs
         self.ids = ids
         self.position = position % inputs.shape[0]
-        self._rules = rules
+        self._rules = RULES if rules is None else rules
         self.memory = psutil.virtual_memory().available // 2 if memory is None else memory
-        self.segments, output = self._trace()
-        self.output = output[0, self.position].detach()
+        found = trace(model, inputs, self.position, self._freezing(type(model.decoder).__name__))
+        self.segments = found.segments
+        self.not_a_chain = found.not_a_chain
+        self.output = found.output[0, self.position].detach()
         if not self.output.isfinite().all():
             raise ModelError(f"{model.name}: the forward pass gives values that are not finite")
         self.block = self._default_block() if block is None else block
@@ -159,134 +150,18 @@ class Linearization:
         """(T, m, d): number of tokens, width of the output, width of an input embedding."""
         return (self.inputs.shape[0], self.output.shape[0], self.inputs.shape[1])
 
-    # ------------------------------------------------------------------------ the trace
-
     def _freezing(self, module: str, **options: Any) -> Freezing:
-        return Freezing(self.model.compute_dtype, rules=self._rules, module=module, **options)
-
-    def _trace(self) -> tuple[list[Segment], Tensor]:
-        """Runs the frozen decoder once and records the chain and its final hidden states."""
-        decoder = self.model.decoder
-        calls: list[tuple[nn.Module, Any, Any, Any]] = []  # of layers, in order
-        norms: list[tuple[nn.Module, Any, Any]] = []  # of the decoder's other children
-        names = {module: name for name, module in decoder.named_modules()}
-        mode = self._freezing(type(decoder).__name__)
-        path: list[str] = []
-
-        def enter(module: nn.Module, _args: Any) -> None:
-            path.append(names[module])
-            mode.module = f"{names[module]} ({type(module).__name__})"
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            path.pop()
-
-        def leave_layer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.append((module, args, kwargs, output))
-
-        def leave_child(module: nn.Module, args: Any, output: Any) -> None:
-            norms.append((module, args, output))
-
-        handles = [
-            hook
-            for module in names
-            for hook in (
-                module.register_forward_pre_hook(enter),
-                module.register_forward_hook(leave),
-            )
-        ]
-        handles += [
-            layer.register_forward_hook(leave_layer, with_kwargs=True)
-            for layer in self.model.layers
-        ]
-        others = [c for c in decoder.children() if not isinstance(c, nn.ModuleList)]
-        handles += [child.register_forward_hook(leave_child) for child in others]
-        try:
-            with torch.no_grad(), self.model.frozen_attention(), mode:
-                x = linear(self.inputs[None])
-                output = last_hidden_state(decoder(inputs_embeds=x, use_cache=False))
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._require_linear(output, "the decoder's output")
-        return self._chain(x, calls, norms, output, names), output
-
-    def _chain(
-        self,
-        x: Tensor,
-        calls: list[tuple[nn.Module, Any, Any, Any]],
-        norms: list[tuple[nn.Module, Any, Any]],
-        output: Tensor,
-        names: dict[nn.Module, str],
-    ) -> list[Segment]:
-        segments: list[Segment] = []
-        stream = x
-        for layer, args, kwargs, result in calls:
-            name = names[layer]
-            given = [leaf for leaf in flatten((args, kwargs)) if mark_of(leaf) is not None]
-            streams = {id(leaf): leaf for leaf in given}
-            if len(streams) != 1:
-                raise UnsupportedModelError(
-                    f"{name} ({type(layer).__name__}): takes more than the residual stream from "
-                    "the layers before it, so the decoder is not a chain of layers"
-                )
-            (before,) = streams.values()
-            if before is not stream:
-                if segments and not torch.equal(before, stream):
-                    raise UnsupportedModelError(
-                        f"{name} ({type(layer).__name__}): its input is not the output of the "
-                        "layer before it, so the decoder is not a chain of layers"
-                    )
-                if not segments:
-                    segments.append(Segment("prelude", self._prelude(), x.detach()))
-            stream = _first_tensor(result)
-            self._require_linear(stream, f"{name} ({type(layer).__name__})")
-            function = _with_stream(layer, args, kwargs, before)
-            segments.append(Segment(name, function, before.detach()))
-        final = [
-            m for m, args, result in norms if result is output and args[:1] and args[0] is stream
-        ]
-        if not final and stream is not output:
-            raise UnsupportedModelError(
-                f"{type(self.model.decoder).__name__}: its output is not the final norm of the "
-                "last layer's output"
-            )
-        norm = final[0] if final else nn.Identity()
-        p = self.position
-        name = names.get(norm, "output")
-        segments.append(Segment(name, lambda h: norm(h[:, p : p + 1]), stream.detach()))
-        return segments
-
-    def _require_linear(self, value: Tensor, where: str) -> None:
-        mark = mark_of(value)
-        if mark is None or mark.kind != Kind.LINEAR:
-            because = f": {mark.origin} makes it nonlinear" if mark and mark.origin else ""
-            raise UnsupportedModelError(f"{where} is not affine in its input{because}")
-
-    def _prelude(self) -> Callable[[Tensor], Tensor]:
-        """What the decoder does to the embeddings before its first layer."""
-
-        def run(z: Tensor) -> Tensor:
-            def stop(_module: nn.Module, args: Any, kwargs: Any) -> None:
-                raise _Reached(next(v for v in flatten((args, kwargs)) if mark_of(v) is not None))
-
-            hook = self.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-            try:
-                self.model.decoder(inputs_embeds=z, use_cache=False)
-            except _Reached as reached:
-                return reached.value
-            finally:
-                hook.remove()
-            raise AssertionError("the first layer was not reached")
-
-        return run
+        options |= {"gate": self.model.gate, "module": module}
+        return Freezing(self.model.compute_dtype, self._rules, **options)
 
     # ---------------------------------------------------------------------- linear maps
 
     def _default_block(self) -> int:
         """Vectors per block: enough rows for full-speed matrix products, within the memory."""
         T, d = self.inputs.shape
+        table = self.model.embedding.weight
         widest = max(
-            (p.shape[0] for s in self.model.layers for p in s.parameters() if p.ndim == 2),
+            (p.shape[0] for p in self.model.decoder.parameters() if p.ndim == 2 and p is not table),
             default=d,
         )
         per_vector = 6 * T * max(widest, d) * self.output.element_size()
@@ -312,7 +187,7 @@ class Linearization:
             with self._freezing(segment.name):
                 return segment.function(linear(h))
 
-        with torch.no_grad(), self.model.frozen_attention():
+        with torch.no_grad(), self.model.frozen():
             out, pull_back = torch.func.vjp(frozen, segment.input)[:2]
         push_forward: list[Callable[[Tensor], Any]] = []
 
@@ -383,7 +258,7 @@ class Linearization:
             (m,), `F(embeddings)`.
         """
         z = embeddings[None].to(self.inputs)
-        with torch.no_grad(), self.model.frozen_attention():
+        with torch.no_grad(), self.model.frozen():
             for segment in self.segments:
                 tape = Tape()
                 with self._freezing(segment.name, record=tape):
@@ -428,6 +303,7 @@ class Linearization:
             leak=float(leak.double().norm() / y.norm()),
             adjoint=float((forward - backward).abs() / (u.double().norm() * Jv.norm())),
             dtype=str(self.output.dtype).removeprefix("torch."),
+            not_a_chain=self.not_a_chain,
         )
 
     # ------------------------------------------------------------------------ operators
@@ -443,29 +319,3 @@ class Linearization:
         from elm_lanczos.operators import JointOperator
 
         return JointOperator(self)
-
-
-class _Reached(Exception):
-    """Stops a forward pass where the wanted value is known."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-
-def _first_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _with_stream(
-    layer: nn.Module, args: Any, kwargs: Any, stream: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Returns the layer as a function of the residual stream, all other arguments as recorded."""
-
-    def run(h: Tensor) -> Tensor:
-        def put(value: Any) -> Any:
-            return h if value is stream else value
-
-        return _first_tensor(layer(*rebuild(put, args), **rebuild(put, kwargs)))
-
-    return run

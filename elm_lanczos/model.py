@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from elm_lanczos.attention import IMPLEMENTATION, register_attention
 from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError
 from elm_lanczos.freezing import Freezing, precision
+from elm_lanczos.recurrences import frozen_recurrences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,8 +61,11 @@ class DetachedModel:
         tokenizer: its tokenizer; without one, prompts are given as ids or embeddings.
         compute_dtype: dtype the linear system is computed in, whatever dtype the weights are stored
             in. Default: float32, or float64 for a float64 model; never below the storage dtype.
+        gate: which factor of a gated MLP `act(g) · u` is held fixed: "frozen" fixes `act(g)`; "up"
+            fixes `u` and goes through `g` with `act(g)/g` fixed, as the paper does for Phi.
 
     Raises:
+        UsageError: if a dtype or the gate convention cannot be used.
         UnsupportedModelError: if no decoder layers, embeddings or unembedding can be found.
         ModelError: if a weight is not finite; the message names it.
     """
@@ -72,7 +76,11 @@ class DetachedModel:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         compute_dtype: str | torch.dtype | None = None,
+        gate: str = "frozen",
     ) -> None:
+        if gate not in ("frozen", "up"):
+            raise UsageError(f"gate is 'frozen' or 'up', not {gate!r}")
+        self.gate = gate
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.decoder = _find_decoder(hf_model)
@@ -88,6 +96,7 @@ class DetachedModel:
         *,
         dtype: str | torch.dtype = "auto",
         compute_dtype: str | torch.dtype | None = None,
+        gate: str = "frozen",
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         use_safetensors: bool = True,
@@ -99,6 +108,7 @@ class DetachedModel:
             name: hub id or folder; the bundled model if not given.
             dtype: how the weights are stored; "auto" keeps the checkpoint's own dtype.
             compute_dtype: how the linear system is computed (see the class).
+            gate: which factor of a gated MLP is held fixed (see the class).
             device: device to move the model to; use `device_map` in `options` for several.
             trust_remote_code: run modelling code that comes with the checkpoint.
             use_safetensors: refuse weights stored as pickles.
@@ -134,7 +144,7 @@ class DetachedModel:
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **shared)
         if device is not None:
             hf_model = hf_model.to(_device(device))
-        return cls(hf_model.eval(), tokenizer, compute_dtype=compute_dtype)
+        return cls(hf_model.eval(), tokenizer, compute_dtype=compute_dtype, gate=gate)
 
     def __repr__(self) -> str:
         """Returns one line naming the model, its size and its precisions."""
@@ -214,7 +224,7 @@ class DetachedModel:
         vocabulary = self.embedding.weight.shape[0]
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise UsageError(f"token ids must be in 0 … {vocabulary - 1}")
-        with torch.no_grad(), Freezing(self.compute_dtype):
+        with torch.no_grad(), Freezing(self.compute_dtype, {}):
             return self.embedding(ids[None])[0].to(self.compute_dtype)
 
     # ---------------------------------------------------------------------- the model itself
@@ -325,23 +335,39 @@ class DetachedModel:
                 handle.remove()
 
     @contextlib.contextmanager
-    def frozen_attention(self) -> Iterator[None]:
-        """Lets the model's layers look up the frozen attention; restores everything afterwards."""
+    def frozen(self) -> Iterator[None]:
+        """Puts frozen attention and recurrences, and plain experts, in reach of the model's code.
+
+        What is changed for the time being (names of implementations in configs, evaluation mode) is
+        restored afterwards, also after an exception.
+
+        Yields:
+            Nothing.
+        """
         register_attention()
-        configs: dict[int, Any] = {}
-        for module in self.hf_model.modules():
-            config = getattr(module, "config", None)
-            if hasattr(config, "_attn_implementation_internal"):
-                configs[id(config)] = config
-        before = {i: c._attn_implementation_internal for i, c in configs.items()}
+        wanted = {
+            "_attn_implementation_internal": IMPLEMENTATION,
+            "_experts_implementation_internal": "eager",
+        }
+        before = [
+            (config, name, getattr(config, name))
+            for config in self._configs()
+            for name in wanted
+            if hasattr(config, name)
+        ]
         try:
-            for config in configs.values():
-                config._attn_implementation_internal = IMPLEMENTATION
-            with evaluating(self.hf_model):
+            for config, name, _ in before:
+                setattr(config, name, wanted[name])
+            with evaluating(self.hf_model), frozen_recurrences(self.hf_model):
                 yield
         finally:
-            for i, config in configs.items():
-                config._attn_implementation_internal = before[i]
+            for config, name, value in before:
+                setattr(config, name, value)
+
+    def _configs(self) -> list[Any]:
+        """Every config object that some module of the model holds."""
+        held = (getattr(module, "config", None) for module in self.hf_model.modules())
+        return list({id(config): config for config in held if config is not None}.values())
 
 
 def load_tokenizer(source: str | Path | None, **options: Any) -> PreTrainedTokenizerBase | None:
@@ -393,22 +419,29 @@ def last_hidden_state(output: Any) -> Tensor:
 
 
 def _find_decoder(hf_model: PreTrainedModel) -> nn.Module:
-    decoder = hf_model.get_decoder() if hasattr(hf_model, "get_decoder") else hf_model.base_model
-    if decoder is None or decoder is hf_model:
+    """Finds the innermost module that holds the token embeddings and takes `inputs_embeds`."""
+    embedding = hf_model.get_input_embeddings()
+    found = [
+        module
+        for module in hf_model.modules()
+        if module is not hf_model
+        and "inputs_embeds" in inspect.signature(module.forward).parameters
+        and any(child is embedding for child in module.modules())
+    ]
+    if not found:
         raise UnsupportedModelError(
-            f"{type(hf_model).__name__}: no decoder found below it; load the model with its "
-            "language-modelling head (AutoModelForCausalLM)"
+            f"{type(hf_model).__name__}: no decoder that takes input embeddings found below it; a "
+            "model with its language-modelling head is needed (AutoModelForCausalLM)"
         )
-    return decoder
+    with_layers = [module for module in found if _find_layers(module)]
+    return (with_layers or found)[-1]
 
 
 def _find_layers(decoder: nn.Module) -> list[nn.Module]:
-    """Finds the decoder layers: the longest list of equally shaped modules of its own."""
-    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise UnsupportedModelError(f"{type(decoder).__name__}: no list of decoder layers found")
+    """Finds the decoder layers, the largest list of modules in it; empty if there is none."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
     sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
-    return list(lists[sizes.index(max(sizes))])
+    return list(lists[sizes.index(max(sizes))]) if lists else []
 
 
 def _compute_dtype(wanted: str | torch.dtype | None, stored: torch.dtype) -> torch.dtype:

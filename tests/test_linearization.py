@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from elm_lanczos.freezing import RULES
 from elm_lanczos.linearization import Certificate, Linearization
 from elm_lanczos.model import DetachedModel
+from elm_lanczos.rules import RULES
 from tests.families import CONFIGS, PROMPT, detached_model, hand_frozen_jacobian, hf_model
 
 FAMILIES = list(CONFIGS)

@@ -23,8 +23,8 @@ from elm_lanczos.status import Status
 from elm_lanczos.svd.orthogonal import BREAKDOWN
 from elm_lanczos.svd.plan import Plan
 
-# Singular values cannot be expected closer than this many units of rounding, relative to σ₁; those
-# of an operator that met a breakdown not closer than the breakdown's threshold.
+# Singular values cannot be expected closer than this many units of rounding, relative to σ₁ (or √d
+# units, if that is more); those of an operator that met a breakdown not closer than its threshold.
 _VALUE_ROUNDING = 16.0
 
 
@@ -171,7 +171,8 @@ def assemble(
     """
     dtype, k = batch.dtype, plan.k
     signs = _signs(found.V, None if batch.inputs is None else batch.inputs[index])
-    units = torch.where(found.n_reseeds > 0, BREAKDOWN, _VALUE_ROUNDING).double()
+    least = max(_VALUE_ROUNDING, math.sqrt(max(batch.shape[1:])))
+    units = torch.where(found.n_reseeds > 0, max(BREAKDOWN, least), least).double()
     rounding = units.to(found.S.device) * torch.finfo(dtype).eps * found.S[:, 0]
     bound = error_bounds(found.S, found.residual, found.following).maximum(rounding[:, None])
     unseen = found.unseen[:, None]

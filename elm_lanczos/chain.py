@@ -1,0 +1,239 @@
+"""The decoder as a chain of segments, each a function of the residual stream alone.
+
+    embeddings → [prelude] → layer 1 → … → layer L → final norm at position p
+
+One frozen forward pass records what every layer was called with. Where layers share more than the
+residual stream (keys and values of earlier layers, cross connections), or something between them
+changes it, the decoder is not a chain; then it is one segment, the whole of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elm_lanczos.errors import UnsupportedModelError
+from elm_lanczos.freezing import Freezing, Kind, flatten, linear, mark_of, rebuild
+from elm_lanczos.model import DetachedModel, last_hidden_state
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One link of the chain: a piece of the frozen decoder and the input it was recorded at.
+
+    Attributes:
+        name: the module's name in the decoder.
+        function: maps the residual stream (1, T, d) before the segment to that after it.
+        input: (1, T, d), its value for this prompt.
+        modules: the modules it runs.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    input: Tensor
+    modules: tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one frozen forward pass showed.
+
+    Attributes:
+        segments: the chain, from the input embeddings to the output at one position.
+        output: (1, T, m), the final hidden states.
+        not_a_chain: why the decoder had to be taken as a whole; empty if it is a chain.
+    """
+
+    segments: tuple[Segment, ...]
+    output: Tensor
+    not_a_chain: str = ""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module in the traced forward pass."""
+
+    module: nn.Module
+    args: Any
+    kwargs: Any
+    output: Any
+
+
+class _NotAChain(Exception):
+    """The decoder is not a chain of layers; the message says why."""
+
+
+class _Reached(Exception):
+    """Stops a forward pass where the wanted value is known."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+def trace(model: DetachedModel, inputs: Tensor, position: int, mode: Freezing) -> Trace:
+    """Runs the frozen decoder once and takes it apart.
+
+    Args:
+        model: the model.
+        inputs: (T, d) input embeddings.
+        position: the output position p.
+        mode: the freezing to run it under.
+
+    Returns:
+        The segments and the final hidden states.
+
+    Raises:
+        UnsupportedModelError: if the output is not affine in the input once frozen; the message
+            names the module.
+    """
+    decoder = model.decoder
+    names = {module: name for name, module in decoder.named_modules()}
+    inside = {child for layer in model.layers for child in layer.modules()}
+    layers, others, pending = [], [], []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        mode.module = f"{names[module] or 'decoder'} ({type(module).__name__})"
+        # what a layer is given, before it can add to shared dictionaries
+        pending.append((rebuild(lambda v: v, args), rebuild(lambda v: v, kwargs)))
+
+    def leave(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        call = _Call(module, *pending.pop(), output)
+        if any(module is layer for layer in model.layers):
+            layers.append(call)
+        elif module not in inside:
+            others.append(call)
+
+    handles = []
+    for module in names:
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        with torch.no_grad(), model.frozen(), mode:
+            x = linear(inputs[None])
+            output = last_hidden_state(decoder(inputs_embeds=x, use_cache=False))
+    finally:
+        for handle in handles:
+            handle.remove()
+    _require_linear(output, "the decoder's output")
+    try:
+        return Trace(_chain(model, x, layers, others, output, position, names), output)
+    except _NotAChain as reason:
+        return Trace((_whole(decoder, x, position),), output, str(reason))
+
+
+def _chain(
+    model: DetachedModel,
+    x: Tensor,
+    layers: list[_Call],
+    others: list[_Call],
+    output: Tensor,
+    position: int,
+    names: dict[nn.Module, str],
+) -> tuple[Segment, ...]:
+    if not layers:
+        raise _NotAChain("it has no list of layers")
+    segments: list[Segment] = []
+    stream = x
+    for call in layers:
+        name = f"{names[call.module]} ({type(call.module).__name__})"
+        leaves = flatten((call.args, call.kwargs))
+        streams = {id(leaf): leaf for leaf in leaves if _is_linear(leaf)}
+        if len(streams) != 1:
+            raise _NotAChain(f"{name} takes more than the residual stream from earlier layers")
+        (before,) = streams.values()
+        if before is not stream and not segments:
+            segments.append(Segment("prelude", _prelude(model), x.detach(), (model.decoder,)))
+        elif before is not stream and not _same_values(before, stream):
+            raise _NotAChain(f"{name} is not given what the layer before it returns")
+        stream = _first_tensor(call.output)
+        _require_linear(stream, name)
+        function = _of_stream(call, before)
+        segments.append(Segment(names[call.module], function, before.detach(), (call.module,)))
+    return (*segments, _final(stream, others, output, position, names))
+
+
+def _final(
+    stream: Tensor,
+    others: list[_Call],
+    output: Tensor,
+    p: int,
+    names: dict[nn.Module, str],
+) -> Segment:
+    """The final norm at one position, or nothing if the last layer's output is the decoder's."""
+    norms = [
+        call.module
+        for call in others
+        if any(arg is stream for arg in call.args[:1])
+        and isinstance(call.output, Tensor)
+        and _same_values(call.output, output)
+    ]
+    if not norms and not _same_values(stream, output):
+        raise _NotAChain("its output is not the final norm of the last layer's output")
+    norm = norms[-1] if norms else nn.Identity()
+    return Segment(
+        names.get(norm, "output"), lambda h: norm(h[:, p : p + 1]), stream.detach(), (norm,)
+    )
+
+
+def _prelude(model: DetachedModel) -> Callable[[Tensor], Tensor]:
+    """What the decoder does to the embeddings before its first layer."""
+
+    def run(z: Tensor) -> Tensor:
+        def stop(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            raise _Reached(next(v for v in flatten((args, kwargs)) if _is_linear(v)))
+
+        hook = model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            model.decoder(inputs_embeds=z, use_cache=False)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            hook.remove()
+        raise AssertionError("the first layer was not reached")
+
+    return run
+
+
+def _whole(decoder: nn.Module, x: Tensor, p: int) -> Segment:
+    def run(z: Tensor) -> Tensor:
+        output = last_hidden_state(decoder(inputs_embeds=z, use_cache=False))
+        return output[:, p : p + 1]
+
+    return Segment("decoder", run, x.detach(), (decoder,))
+
+
+def _of_stream(call: _Call, stream: Tensor) -> Callable[[Tensor], Tensor]:
+    """A layer as a function of the residual stream, all other arguments as recorded."""
+
+    def run(h: Tensor) -> Tensor:
+        def put(value: Any) -> Any:
+            return h if value is stream else value
+
+        return _first_tensor(call.module(*rebuild(put, call.args), **rebuild(put, call.kwargs)))
+
+    return run
+
+
+def _require_linear(value: Tensor, where: str) -> None:
+    if not _is_linear(value):
+        mark = mark_of(value)
+        because = f": {mark.origin} makes it nonlinear" if mark and mark.origin else ""
+        raise UnsupportedModelError(f"{where} is not affine in its input{because}")
+
+
+def _is_linear(value: Any) -> bool:
+    mark = mark_of(value)
+    return mark is not None and mark.kind == Kind.LINEAR
+
+
+def _same_values(left: Tensor, right: Tensor) -> bool:
+    return left.numel() == right.numel() and torch.equal(left.reshape(right.shape), right)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]

@@ -1,0 +1,457 @@
+"""The rule table: for every torch function a model may call, what is frozen and what is linear.
+
+A rule is called as `rule(mode, func, args, kwargs)` instead of the function when one of its arguments
+depends on the input, and returns its result, marked (see `freezing`). To support a new function, add
+its name to the row of the table that describes it, at the end of this file, and a line to
+`tests/test_rules.py`. There are few kinds of rules:
+
+| rule | what comes out |
+|---|---|
+| `structural` | linear in all its tensors together: reshapes, slices, sums |
+| `addition` | linear plus a constant, which goes to `c` |
+| `product`, `matrix_product`, `affine` | linear times a coefficient, which is frozen |
+| `coefficient` | only ever a coefficient: powers, exponentials, softmax, comparisons |
+| `activation` | `z · (act(z)/z)` with the ratio frozen |
+| `decision` | a Python value, or a choice of indices: recorded like a coefficient |
+| norms, attention | their own frozen forms |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elm_lanczos.attention import attention, frozen_product
+from elm_lanczos.errors import UnsupportedModelError
+from elm_lanczos.freezing import (
+    Freezing,
+    Kind,
+    Mark,
+    Rule,
+    flatten,
+    function_name,
+    is_in_place,
+    mark_of,
+    marks_of,
+    rebuild,
+    root_of,
+    set_mark,
+)
+
+
+def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """Linear in all tensor arguments together: reshapes, slices, sums, concatenations.
+
+    Integer and boolean arguments that depend on the input (indices, conditions) are decisions and
+    are frozen. A mixture of `LINEAR` and `NONLINEAR` is `NONLINEAR`.
+
+    Returns:
+        The function's own result, marked.
+    """
+
+    def decide(value: Any) -> Any:
+        decision = isinstance(value, Tensor) and not value.dtype.is_floating_point
+        return mode.freeze(value) if decision and mark_of(value) is not None else value
+
+    if any(m.kind == Kind.LINEAR for m in marks_of(args, kwargs)):
+        args, kwargs = rebuild(decide, args), rebuild(decide, kwargs)
+    marks = marks_of(args, kwargs)
+    result = mode.call(func, args, kwargs)
+    target = args[0] if func.__name__ == "__setitem__" else result
+    kind = max(m.kind for m in marks)
+    activated = all(m.activated for m in marks) and function_name(func) not in _REDUCTIONS
+    origin = next((m.origin for m in marks if m.origin), "")
+    set_mark(target, Mark(kind, activated, origin, _common_root(func, args, kwargs, result)))
+    return result
+
+
+_REDUCTIONS = {"sum", "mean", "cumsum"}
+
+
+def _common_root(func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | None:
+    """The one linear tensor that an elementwise result is a function of."""
+    if function_name(func) not in _ELEMENTWISE or not isinstance(result, Tensor):
+        return None
+    roots = [root_of(leaf) for leaf in flatten((args, kwargs)) if mark_of(leaf) is not None]
+    root = roots[0]
+    same = root is not None and all(other is root for other in roots)
+    return root if same and root is not None and root.shape == result.shape else None
+
+
+def addition(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A sum or difference: `LINEAR` plus a constant stays `LINEAR`, the constant going to `c`."""
+    if mode.without_constants and max(m.kind for m in marks_of(args)) == Kind.LINEAR:
+        args = tuple(_zero(a) if mark_of(a) is None else a for a in args)
+    return structural(mode, func, args, kwargs)
+
+
+def constant(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A new tensor of the shape of another, whose values do not depend on it."""
+    return mode.call(func, args, kwargs)
+
+
+def _zero(constant: Any) -> Any:
+    return torch.zeros_like(constant) if isinstance(constant, Tensor) else type(constant)(0)
+
+
+def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """Bilinear in its first two arguments: elementwise and matrix products.
+
+    `LINEAR · NONLINEAR` freezes the second; `act(g) · u`, elementwise and of one shape as in a gated
+    MLP, freezes `act(g)` (or `u`, by the mode's `gate`); any other product of two `LINEAR` tensors is
+    `NONLINEAR`. A gate times a `NONLINEAR` tensor is `NONLINEAR` too: both would be coefficients.
+
+    Returns:
+        The product, marked.
+    """
+    marks = [mark_of(a) for a in args[:2]]
+    kinds = [m.kind if m else None for m in marks]
+    activated = [bool(m and m.activated) for m in marks]
+    multiplies = function_name(func) in _MULTIPLY
+    root = _common_root(func, args[:2], {}, _broadcast(args))
+    frozen = None
+    if kinds == [Kind.LINEAR, Kind.LINEAR]:
+        gated = multiplies and args[0].shape == args[1].shape and sum(activated) == 1
+        if gated and root is None and mode.gate == "up":
+            frozen = activated.index(False)
+        elif gated:
+            frozen = activated.index(True)
+        elif multiplies and args[0] is args[1] and all(activated):  # relu(z)²
+            frozen = 1
+    elif Kind.LINEAR in kinds and Kind.NONLINEAR in kinds:
+        gate = activated[kinds.index(Kind.LINEAR)] and root is None
+        frozen = None if gate else kinds.index(Kind.NONLINEAR)
+    if frozen is not None:
+        func = _out_of_place(mode, func) if frozen == 0 and is_in_place(func) else func
+        args = tuple(mode.freeze(a) if i == frozen else a for i, a in enumerate(args))
+        kinds[frozen] = Kind.FROZEN
+    result = mode.call(func, args, kwargs)
+    if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
+        by_constant = kinds.count(None) == 1 and any(activated)
+        mark = Mark(Kind.LINEAR, by_constant or (root is not None and frozen is not None), "", root)
+    elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
+        mark = mode.nonlinear(func, marks_of(args))._replace(root=root)
+    else:
+        mark = Mark(Kind.FROZEN)
+    set_mark(result, mark)
+    return result
+
+
+_MULTIPLY = {"mul", "multiply"}
+
+
+def _broadcast(args: Any) -> Tensor:
+    """A tensor of the shape of an elementwise product, without its memory."""
+    shapes = [a.shape for a in args[:2] if isinstance(a, Tensor)]
+    try:
+        return torch.empty(torch.broadcast_shapes(*shapes), device="meta")
+    except RuntimeError:  # a matrix product
+        return torch.empty(0, device="meta")
+
+
+def _out_of_place(mode: Freezing, func: Any) -> Any:
+    """The operator that leaves its first argument, a frozen coefficient, as it is."""
+    if func.__name__ == "__imul__":
+        return torch.Tensor.mul
+    raise UnsupportedModelError(
+        f"{mode.module}: {func.__name__}() multiplies into a coefficient, so the module cannot be "
+        "linearised exactly"
+    )
+
+
+def square(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`square(a)`, `a ** 2`: of an activation `relu(z)²` another activation, else a coefficient."""
+    exponent = args[1] if len(args) > 1 else kwargs.get("exponent", 2)
+    mark = mark_of(args[0])
+    if mark is None or not mark.activated or not isinstance(exponent, int) or exponent != 2:
+        return coefficient(mode, func, args, kwargs)
+    return product(mode, torch.mul, (args[0], args[0]), {})
+
+
+def fused(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`addmm`, `baddbmm`, `addcmul`: a sum of a first argument and a product, `β a + α b·c`."""
+    names = ("input", "a", "b")
+    start, left, right = _arguments(args, {k: v for k, v in kwargs.items() if k == "input"}, names)
+    left = (
+        left
+        if left is not None
+        else kwargs.get("mat1", kwargs.get("batch1", kwargs.get("tensor1")))
+    )
+    right = (
+        right
+        if right is not None
+        else kwargs.get("mat2", kwargs.get("batch2", kwargs.get("tensor2")))
+    )
+    with mode:
+        if function_name(func) == "addcmul":
+            return start + kwargs.get("value", 1) * (left * right)
+        scaled = left @ right
+        alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+        scaled = scaled if alpha == 1 else scaled * alpha
+        if beta == 0:
+            return scaled
+        return (start if beta == 1 else start * beta) + scaled
+
+
+def einsum(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A contraction of one or two tensors; of more, all but the linear one must be coefficients."""
+    equation, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    marks = [mark_of(x) for x in operands]
+    kinds = [m.kind if m else None for m in marks]
+    if kinds.count(Kind.LINEAR) == 1:
+        gate = any(m and m.activated for m in marks) and Kind.NONLINEAR in kinds
+        if not gate:
+            operands = [
+                mode.freeze(x) if k == Kind.NONLINEAR else x
+                for x, k in zip(operands, kinds, strict=True)
+            ]
+            kinds = [Kind.FROZEN if k == Kind.NONLINEAR else k for k in kinds]
+    result = mode.call(func, (equation, *operands), kwargs)
+    if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
+        mark = Mark(Kind.LINEAR)
+    elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
+        mark = mode.nonlinear(func, marks_of(operands))
+    else:
+        mark = Mark(Kind.FROZEN)
+    set_mark(result, mark)
+    return result
+
+
+def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A quotient is a product with the reciprocal: linear in the numerator alone."""
+    if mark_of(args[1]) is None:
+        return product(mode, func, args, kwargs)
+    kinds = [mark.kind if (mark := mark_of(arg)) else None for arg in args[:2]]
+    if kinds == [Kind.LINEAR, Kind.NONLINEAR]:
+        return product(mode, func, args, kwargs)
+    return coefficient(mode, func, args, kwargs)
+
+
+def matrix_product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A product by a matrix; of batches of matrices with a frozen left factor: `frozen_product`."""
+    if mark_of(args[1]) is None:
+        args = (as_activation(mode, args[0]), *args[1:])
+    left, right = (mark.kind if (mark := mark_of(arg)) else None for arg in args[:2])
+    if (
+        left in (Kind.NONLINEAR, Kind.FROZEN)
+        and right == Kind.LINEAR
+        and args[0].ndim == args[1].ndim >= 3
+        and args[0].shape[:-2] == args[1].shape[:-2]
+    ):
+        P = mode.freeze(args[0]) if left == Kind.NONLINEAR else args[0]
+        result = frozen_product(P, args[1])
+        set_mark(result, Mark(Kind.LINEAR))
+        return result
+    return product(mode, func, args, kwargs)
+
+
+def affine(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`linear(x, W, b)`, convolutions: a product, plus a bias that goes to `c`."""
+    names = ("input", "weight", "bias")
+    given = dict(zip(names, args[:3], strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+    given["input"] = as_activation(mode, given["input"])
+    rest = {k: v for k, v in kwargs.items() if k not in names}
+    bias = given.get("bias")
+    linear_input = any(m.kind == Kind.LINEAR for m in marks_of(given["input"], given["weight"]))
+    if mode.without_constants and linear_input and bias is not None and mark_of(bias) is None:
+        bias = None
+    bias = mode.raise_precision(bias)
+
+    def apply(x: Tensor, W: Tensor, **options: Any) -> Any:
+        return func(x, W, bias, *args[3:], **options)
+
+    apply.__name__ = func.__name__
+    return product(mode, apply, (given["input"], given["weight"]), rest)
+
+
+def as_activation(mode: Freezing, value: Tensor) -> Tensor:
+    """Turns an elementwise function `f(z)` that a weight is about to multiply into `z · (f(z)/z)`.
+
+    This is how activations written out in torch (xIELU, GELU by hand) are linearised: not until they
+    are used as values are they more than a coefficient.
+
+    Args:
+        mode: the freezing.
+        value: any tensor.
+
+    Returns:
+        The tensor itself, or, for a `NONLINEAR` elementwise function of one `LINEAR` tensor, its
+        `LINEAR` form.
+    """
+    mark = mark_of(value)
+    if mark is None or mark.kind != Kind.NONLINEAR or mark.root is None:
+        return value
+    z = mark.root
+    fixed = z.detach()
+    ratio = torch.where(fixed == 0, torch.zeros_like(fixed), value.detach() / fixed)
+    result = z * mode.freeze(ratio)
+    set_mark(result, Mark(Kind.LINEAR, activated=True, root=root_of(z)))
+    return result
+
+
+def coefficient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A function whose value may only serve as a coefficient: `NONLINEAR`."""
+    marks = marks_of(args, kwargs)
+    result = mode.call(func, args, kwargs)
+    if all(m.kind == Kind.FROZEN for m in marks):
+        set_mark(result, Mark(Kind.FROZEN))
+    else:
+        root = _common_root(func, args, kwargs, result)
+        set_mark(result, mode.nonlinear(func, marks)._replace(root=root))
+    return result
+
+
+def iteration(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`for row in tensor`: the rows, of a nonlinear tensor (chosen experts) as decisions."""
+    tensor = args[0]
+    if mark_of(tensor).kind == Kind.NONLINEAR:
+        tensor = mode.freeze(tensor)
+    with mode:
+        return iter(tensor.unbind(0))
+
+
+def decision(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A Python value read from a tensor (`item`, `tolist`, `bool`): replayed, not recomputed."""
+    return mode.freeze(mode.call(func, args, kwargs))
+
+
+def activation(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`act(z) = z · (act(z)/z)` with the ratio frozen; the result is marked as activated."""
+    z = args[0]
+    mark = mark_of(z)
+    if mark is None or mark.kind != Kind.LINEAR:
+        return coefficient(mode, func, args, kwargs)
+    kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
+    fixed = z.detach()
+    small = torch.full((), torch.finfo(z.dtype).tiny ** 0.5, dtype=z.dtype, device=z.device)
+    at_zero = func(small, *args[1:], **kwargs) / small
+    ratio = mode.call(func, (fixed, *args[1:]), kwargs) / fixed
+    ratio = torch.where(fixed == 0, at_zero, ratio)
+    result = z * mode.freeze(ratio)
+    set_mark(result, Mark(Kind.LINEAR, activated=True, root=root_of(z)))
+    return result
+
+
+def root_mean_square_norm(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`rms_norm(x, shape, weight, eps)` with its scale frozen."""
+    x, shape, weight, eps = _arguments(args, kwargs, ("input", "normalized_shape", "weight", "eps"))
+    return _normalise(mode, func, x, shape, weight, None, eps, centred=False)
+
+
+def layer_norm(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`layer_norm(x, shape, weight, bias, eps)` with its scale frozen; centring is linear."""
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    x, shape, weight, bias, eps = _arguments(args, kwargs, names)
+    return _normalise(mode, func, x, shape, weight, bias, eps if eps else 1e-5, centred=True)
+
+
+def _arguments(args: Any, kwargs: Any, names: tuple[str, ...]) -> list[Any]:
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return [given.get(name) for name in names]
+
+
+def _normalise(
+    mode: Freezing,
+    func: Any,
+    x: Tensor,
+    shape: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    *,
+    centred: bool,
+) -> Any:
+    mark = mark_of(x)
+    if mark is None or mark.kind != Kind.LINEAR:
+        args = (x, shape, weight, bias, eps) if centred else (x, shape, weight, eps)
+        return coefficient(mode, func, args, {})
+    dims = tuple(range(-len(shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    x = mode.raise_precision(x)
+    if centred:
+        x = x - x.mean(dims, keepdim=True)
+    scale = torch.rsqrt(x.detach().square().mean(dims, keepdim=True) + eps)
+    result = x * mode.freeze(scale)
+    if weight is not None:
+        result = result * mode.raise_precision(weight)
+    if bias is not None and not mode.without_constants:
+        result = result + mode.raise_precision(bias)
+    set_mark(result, Mark(Kind.LINEAR))
+    return result
+
+
+def cast(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A change of dtype or device, never to a precision below the working one."""
+    source = args[0]
+    result = mode.call(func, args, kwargs)
+    if not result.dtype.is_floating_point and source.dtype.is_floating_point:
+        set_mark(result, mode.nonlinear(func, marks_of(source)))
+    else:
+        set_mark(result, mark_of(source)._replace(root=root_of(source)))
+    return result
+
+
+def scaled_dot_product_attention(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`softmax(q kᵀ) v` as torch's fused function spells it, with the probabilities frozen."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+    q, k, v, mask, _, is_causal, scale = _arguments(args, kwargs, names)
+    if is_causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    with mode:
+        return attention(q, k, v, mask, scale if scale is not None else q.shape[-1] ** -0.5)
+
+
+# ---------------------------------------------------------------------------- the rule table
+
+_STRUCTURAL = (
+    "view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes "
+    "swapdims permute movedim T mT t expand expand_as broadcast_to repeat repeat_interleave tile "
+    "contiguous clone split chunk tensor_split unbind narrow select slice getitem "
+    "setitem index_select gather take_along_dim index_add index_copy scatter scatter_add copy "
+    "masked_select masked_fill masked_scatter where cat concat concatenate stack hstack vstack "
+    "flip roll pad tril triu diagonal unfold dropout sum mean cumsum neg positive"
+)
+_CONSTANT = "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"
+_COEFFICIENT = (
+    "rsqrt sqrt reciprocal exp exp2 expm1 log log1p log2 softmax log_softmax sigmoid "
+    "logsigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin clamp "
+    "clamp_min clamp_max maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod "
+    "prod rdiv rtruediv threshold erf eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not "
+    "bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor "
+    "any all normalize detach data"
+)
+_DECISION = "item tolist bool int index nonzero_static contains"
+_ELEMENTWISE = frozenset(
+    "add sub rsub mul multiply div truediv where pow square exp expm1 sigmoid softplus tanh erf abs "
+    "sign clamp clamp_min clamp_max minimum maximum min max gt ge lt le eq ne relu silu gelu neg "
+    "positive dropout clone contiguous to float double sqrt rdiv rtruediv".split()
+)
+"""Functions that act on each entry by itself (when their result has the shape of the entry)."""
+
+_ACTIVATION = "silu gelu relu relu6 tanh mish elu selu celu leaky_relu hardswish hardtanh softsign"
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_STRUCTURAL.split(), structural),
+    **dict.fromkeys(_CONSTANT.split(), constant),
+    **dict.fromkeys(_COEFFICIENT.split(), coefficient),
+    **dict.fromkeys(_DECISION.split(), decision),
+    **dict.fromkeys(_ACTIVATION.split(), activation),
+    **dict.fromkeys("add sub rsub subtract".split(), addition),
+    **dict.fromkeys(_MULTIPLY, product),
+    **dict.fromkeys("pow square".split(), square),
+    **dict.fromkeys("addmm baddbmm addbmm addcmul".split(), fused),
+    **dict.fromkeys("div truediv divide".split(), quotient),
+    **dict.fromkeys("matmul bmm mm mv".split(), matrix_product),
+    **dict.fromkeys("linear conv1d".split(), affine),
+    "einsum": einsum,
+    "iter": iteration,
+    **dict.fromkeys("to type type_as float double half bfloat16 cuda cpu".split(), cast),
+    "rms_norm": root_mean_square_norm,
+    "layer_norm": layer_norm,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+}
+"""Torch function name (without in-place underscore) → the rule that freezes it."""
