@@ -11,7 +11,8 @@ defaults to that of a 70B checkpoint, is shrunk *by structure*:
   kind of layer of the full model still occurs;
 - whatever is not a size (biases, caps, activations, gates, norms) stays as it is.
 
-The few model types whose defaults are incomplete or contradictory are in `COMPLETIONS`.
+The few model types whose defaults are incomplete are in `COMPLETIONS`, and what cannot be read from
+a configuration at all is in `FIXED`.
 """
 
 from __future__ import annotations
@@ -46,12 +47,24 @@ ROLES: tuple[tuple[str, str, int | None], ...] = (
     # role, pattern of the field names that play it (the first that matches), the largest value left
     # (None: `_smaller` says)
     ("special token", r"(token|bos|eos|pad)_(id|index)$", None),
-    ("depth", r"^(num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks)$", None),
+    (
+        "depth",
+        r"^(num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks)$",
+        None,
+    ),
     ("depth", r"_layers_per_stack$", None),
     ("kept", r"label|_(ids|idxs|idx|index)$|_layers$|layer_types|seed|kernel|d_conv|conv1d", None),
     ("vocabulary", r"vocab|codebook_size|n_langs", VOCABULARY),
-    ("positions", r"max_.*(position|length)|max_seq_len|n_positions|n_ctx|context_length", POSITIONS),
-    ("window", r"window|chunk|block_size|local_attention|compress_r|_budget|index_topk|_n_floor", 4),
+    (
+        "positions",
+        r"max_.*(position|length)|max_seq_len|n_positions|n_ctx|context_length",
+        POSITIONS,
+    ),
+    (
+        "window",
+        r"window|chunk|block_size|local_attention|compress_r|_budget|index_topk|_n_floor",
+        4,
+    ),
     ("rotary dim", r"rotary_dim", HEAD_DIM // 2),
     ("head dim", r"head_?(dim|size)$|d_kv|d_head|dim_head|kv_channels", None),
     ("key heads", r"(kv|key_value|key)_heads|kv_n_heads|query_groups|n_?groups$", None),
@@ -68,24 +81,36 @@ ROLES: tuple[tuple[str, str, int | None], ...] = (
 )
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "dim")
+_OTHER_SENSES = r"vision|audio|video|speech|image"
 _LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _TRAILING = ("num_kv_shared_layers",)
 _LEAST_LAYERS = 3  # a first, a middle and a last one, where all are alike
+_MOST_LAYERS = 8  # beyond it, every trait of a layer is enough, without all their combinations
 
-_QSA = {"n_heads": 4, "kv_heads": 1, "head_dim": 8, "budget": 4, "compress_ratio": 2}
-_COMPASS_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-_COMPLETIONS_QWEN4: Plain = {f"indexer_{k}": v for k, v in _QSA.items()}
+_QSA = {"n_heads": 16, "kv_heads": 1, "head_dim": 256, "budget": 2048, "compress_ratio": 32}
+_QWEN4: Plain = {f"indexer_{name}": value for name, value in _QSA.items()}
+_COMPASS_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [24, 20, 20]}
+_MIXED = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 COMPLETIONS: dict[str, Plain] = {
-    # model type → what its default configuration lacks for a model to be built and run
+    # model type → what its defaults lack for a model to be built from them and run
+    "bamba": {"layer_types": _MIXED * 8},  # the mask needs one attention layer
     "cohere_compass_text": {"rope_parameters": {"full_attention": _COMPASS_ROPE}},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
+    "granitemoehybrid": {"layer_types": _MIXED * 8},  # as for bamba
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
-    "qwen4_exp": {"text_config": _COMPLETIONS_QWEN4},
-    "qwen4_exp_text": _COMPLETIONS_QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "reformer": {"axial_pos_embds_dim": (128, 128)},  # halves that can be shrunk alike
     "xmod": {"default_language": "en_XX"},
+}
+FIXED: dict[str, Plain] = {
+    # model type → tiny sizes that follow from its code and not from its configuration
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # states are multiples of 64 wide
 }
 
 
@@ -119,7 +144,8 @@ def tiny_config(config_or_model_type: PreTrainedConfig | str) -> PreTrainedConfi
         given = COMPLETIONS.get(config, {})
         config = _attempt("its default configuration", AutoConfig.for_model, config, **given)
     plain = config.to_dict()
-    return _shallow(type(config), _narrow(plain, _special_tokens(plain)))
+    small = _narrow(plain, _widest(plain), _special_tokens(plain))
+    return _shallow(type(config), small | FIXED.get(config.model_type, {}))
 
 
 def tiny_model(
@@ -182,9 +208,9 @@ def _special_tokens(plain: Plain) -> dict[int, int]:
 
 
 def _each_integer(value: Any, change: Callable[[str, int], int], name: str = "") -> Any:
-    """Returns plain data with every integer changed, given the name of the field it is in."""
+    """Returns plain data with every integer changed, given the path of the field it is in."""
     if isinstance(value, dict):
-        return {k: _each_integer(v, change, name or str(k)) for k, v in value.items()}
+        return {k: _each_integer(v, change, f"{name}.{k}".strip(".")) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_each_integer(v, change, name) for v in value)
     return change(name, value) if type(value) is int else value
@@ -198,24 +224,46 @@ def _is_config(name: str, value: Any) -> bool:
     return isinstance(value, dict) and ("model_type" in value or name.endswith("_config"))
 
 
-def _narrow(plain: Plain, special: Mapping[int, int]) -> Plain:
-    """Shrinks every size of a configuration's plain data, sub-configurations included."""
+def _widest(plain: Plain) -> int:
+    """Returns the width of a model: the largest hidden size of its text configurations."""
+    own = [plain[name] for name in _WIDTH_NAMES if type(plain.get(name)) is int]
+    parts = [v for k, v in plain.items() if _is_config(k, v) and not re.search(_OTHER_SENSES, k)]
+    return max(own[:1] + [_widest(part) for part in parts], default=0)
+
+
+def _narrow(plain: Plain, width: int, special: Mapping[int, int]) -> Plain:
+    """Shrinks every size of a configuration's plain data, sub-configurations included.
+
+    Args:
+        plain: the configuration.
+        width: the width of the model, which all its widths keep their ratio to.
+        special: the special tokens to rename.
+
+    Returns:
+        The configuration of the same model with a width of `WIDTH`.
+    """
     sizes = {name: value for name, value in plain.items() if type(value) is int}
 
     def change(name: str, value: int) -> int:
-        return _smaller(name, value, sizes, special)
+        return (
+            special.get(value, value)
+            if _role(name)[0] == "special token"
+            else (_smaller(name, value, sizes, width))
+        )
 
     small: Plain = {}
     for name, value in plain.items():
         if name in {"quantization_config", "auto_map", "id2label", "label2id", "dtype"}:
             continue  # how a checkpoint is stored and loaded; labels of other heads
         if name == "per_layer_config":
+            shared = {k: v for k, v in plain.items() if k != name}
             small[name] = {
-                layer: {k: _narrow(plain | own, special)[k] for k in own}
+                layer: {k: v for k, v in _narrow(shared | own, width, special).items() if k in own}
                 for layer, own in value.items()
             }
         elif _is_config(name, value):
-            small[name] = _narrow(value, special)
+            part = _widest(value) if re.search(_OTHER_SENSES, name) else width
+            small[name] = _narrow(value, part, special)
         else:
             small[name] = _each_integer(value, change, name)
     if small.get("head_dim", 0) is None:
@@ -228,25 +276,26 @@ def _narrow(plain: Plain, special: Mapping[int, int]) -> Plain:
     return small
 
 
-def _smaller(name: str, value: int, sizes: dict[str, int], special: Mapping[int, int]) -> int:
+def _smaller(name: str, value: int, sizes: dict[str, int], width: int) -> int:
     """Returns what is left of one size, keeping its relations to the others."""
+
+    def scaled(size: int) -> int:
+        return min(max(16, 8 * round(WIDTH * size / width / 8)), 4 * WIDTH) if width else WIDTH
+
     role, left = _role(name)
-    width = next((sizes[n] for n in _WIDTH_NAMES if n in sizes), None)
-    if role == "special token":
-        return special.get(value, value)
-    if role in {"depth", "kept"}:
-        return value
-    if role == "head dim":
+    if role == "width":
+        left = scaled(value)
+    elif role == "head dim":
         parts = [sizes.get(f"qk_{part}_head_dim", 0) for part in ("nope", "rope")]
         left = 2 * HEAD_DIM if all(parts) and value == sum(parts) else HEAD_DIM
     elif role == "heads":
-        expanded = (width or 0) * sizes.get("expand", sizes.get("mamba_expand", 0))
-        inner = {sizes.get("mamba_d_ssm", 0), expanded}
-        products = {value * v for n, v in sizes.items() if _role(n)[0] == "head dim"}
-        target = next(iter(products & inner), 0)
-        if target and width:  # heads · head_dim = expand · width
-            return max(1, WIDTH * target // width // HEAD_DIM)
-        left = HEADS
+        inner = [sizes.get("mamba_d_ssm", 0)]
+        inner += [
+            sizes[n] * sizes.get("hidden_size", 0) for n in ("expand", "mamba_expand") if n in sizes
+        ]
+        products = [value * v for n, v in sizes.items() if _role(n)[0] == "head dim"]
+        matches = [scaled(size) // HEAD_DIM for size in inner if size in products]
+        left = matches[0] if matches else HEADS  # heads · head_dim = expand · width
     elif role == "key heads":
         prefix = name.split("num_")[0]
         queries = [v for n, v in sizes.items() if _role(n)[0] == "heads" and n.startswith(prefix)]
@@ -254,9 +303,6 @@ def _smaller(name: str, value: int, sizes: dict[str, int], special: Mapping[int,
     elif role == "experts":
         groups = [v for n, v in sizes.items() if _role(n)[0] == "expert groups"]
         left = 8 if max(groups, default=1) > 1 else 4
-    elif role == "width":
-        left = max(16, 8 * round(WIDTH * value / width / 8)) if width else WIDTH
-        left = min(left, 4 * WIDTH)
     return value if left is None else min(value, left)
 
 
@@ -297,6 +343,7 @@ def _shallow(kind: type[PreTrainedConfig], plain: Plain) -> PreTrainedConfig:
         return full
     layers = _describe(stacks)
     telling = _telling(layers)
+    second_best = full
     for chosen in _choices(values, depth):
         cut = _cut(values, depth, chosen)
         small = {k: _cut(v, 0, [0, 1]) if _is_config(k, v) else v for k, v in plain.items()}
@@ -306,10 +353,14 @@ def _shallow(kind: type[PreTrainedConfig], plain: Plain) -> PreTrainedConfig:
             model = _build(copy.deepcopy(config), "meta", torch.float32)
         except Exception:  # this model needs other or more layers
             continue
-        kept = {n: m for n, m in model.named_modules() if n in stacks and isinstance(m, nn.ModuleList)}
-        if _kinds(_describe(kept), telling) >= _kinds(layers, telling):
+        kept = _describe({n: m for n, m in model.named_modules() if n in stacks})
+        if _kinds(kept, telling) >= _kinds(layers, telling):
             return config
-    return full
+        if second_best is full and _traits(kept, telling) >= _traits(layers, telling):
+            second_best = config
+        if second_best is not full and len(chosen) >= _MOST_LAYERS:
+            break
+    return second_best
 
 
 def _choices(values: Plain, depth: int) -> Iterator[list[int]]:
@@ -409,6 +460,10 @@ def _kinds(layers: list[_Layer], telling: set[Any]) -> set[Any]:
     return {frozenset((p, v) for p, v in layer.items() if p in telling) for layer in layers}
 
 
+def _traits(layers: list[_Layer], telling: set[Any]) -> set[Any]:
+    return set().union(*_kinds(layers, telling))
+
+
 # ------------------------------------------------------------------------------ weights
 
 
@@ -416,7 +471,9 @@ def _attempt(what: str, function: Callable[..., Any], *args: Any, **options: Any
     try:
         return function(*args, **options)
     except Exception as error:  # configurations and models raise anything at all
-        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()
+        ]
         reason = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
         raise ModelError(f"{what} fails: {reason}") from error
 

@@ -97,12 +97,14 @@ def trace(model: DetachedModel, inputs: Tensor, position: int, mode: Freezing) -
     layers, others, pending = [], [], []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        mode.module = f"{names[module] or 'decoder'} ({type(module).__name__})"
         # what a layer is given, before it can add to shared dictionaries
-        pending.append((rebuild(lambda v: v, args), rebuild(lambda v: v, kwargs)))
+        copied = rebuild(lambda v: v, args), rebuild(lambda v: v, kwargs)
+        pending.append((copied, mode.module))
+        mode.module = f"{names[module] or 'decoder'} ({type(module).__name__})"
 
     def leave(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        call = _Call(module, *pending.pop(), output)
+        (args, kwargs), mode.module = pending.pop()
+        call = _Call(module, args, kwargs, output)
         if any(module is layer for layer in model.layers):
             layers.append(call)
         elif module not in inside:
@@ -116,6 +118,9 @@ def trace(model: DetachedModel, inputs: Tensor, position: int, mode: Freezing) -
         with torch.no_grad(), model.frozen(), mode:
             x = linear(inputs[None])
             output = last_hidden_state(decoder(inputs_embeds=x, use_cache=False))
+    except _TORCH_ERRORS as error:
+        model.predict(inputs)  # if the model itself fails, that is the error to show
+        raise UnsupportedModelError(f"{mode.module}: {first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -124,6 +129,15 @@ def trace(model: DetachedModel, inputs: Tensor, position: int, mode: Freezing) -
         return Trace(_chain(model, x, layers, others, output, position, names), output)
     except _NotAChain as reason:
         return Trace((_whole(decoder, x, position),), output, str(reason))
+
+
+_TORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an error of torch or of a model's code says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"cannot be run frozen ({type(error).__name__}: {lines[0] if lines else 'no message'})"
 
 
 def _chain(
@@ -142,7 +156,7 @@ def _chain(
     for call in layers:
         name = f"{names[call.module]} ({type(call.module).__name__})"
         leaves = flatten((call.args, call.kwargs))
-        streams = {id(leaf): leaf for leaf in leaves if _is_linear(leaf)}
+        streams = {id(leaf): leaf for leaf in leaves if is_linear(leaf)}
         if len(streams) != 1:
             raise _NotAChain(f"{name} takes more than the residual stream from earlier layers")
         (before,) = streams.values()
@@ -185,7 +199,7 @@ def _prelude(model: DetachedModel) -> Callable[[Tensor], Tensor]:
 
     def run(z: Tensor) -> Tensor:
         def stop(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            raise _Reached(next(v for v in flatten((args, kwargs)) if _is_linear(v)))
+            raise _Reached(next(v for v in flatten((args, kwargs)) if is_linear(v)))
 
         hook = model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
@@ -220,13 +234,14 @@ def _of_stream(call: _Call, stream: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _require_linear(value: Tensor, where: str) -> None:
-    if not _is_linear(value):
+    if not is_linear(value):
         mark = mark_of(value)
         because = f": {mark.origin} makes it nonlinear" if mark and mark.origin else ""
         raise UnsupportedModelError(f"{where} is not affine in its input{because}")
 
 
-def _is_linear(value: Any) -> bool:
+def is_linear(value: Any) -> bool:
+    """Whether a tensor is affine in the input of the system."""
     mark = mark_of(value)
     return mark is not None and mark.kind == Kind.LINEAR
 

@@ -5,7 +5,9 @@ Heavy imports stay inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -213,10 +215,11 @@ def _silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    logging.disable(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 class _Signalled(BaseException):
@@ -245,6 +248,15 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_ERROR
+    except MemoryError as error:
+        code = _fail(f"out of memory ({error}): try a smaller --batch or --k", EXIT_ERROR)
+    except OSError as error:
+        code = _fail(f"{error.strerror or error}: {error.filename or 'output'}", EXIT_ERROR)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except RuntimeError as error:
+        if not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        code = _fail("out of memory: try a smaller --batch or --k", EXIT_ERROR)
     sys.exit(code or 0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from elm_lanczos.errors import UsageError
 
@@ -26,12 +26,12 @@ class RunConfig(BaseModel):
 
     model: str | None = Field(None, description="Hugging Face id or folder; default: bundled model")
     revision: str | None = Field(None, description="revision of the model on the hub")
-    k: int = Field(16, ge=1, description="singular triplets per token")
+    k: StrictInt = Field(16, ge=1, description="singular triplets per token")
     seq_file: str | None = Field(
         None, description="prompts, one a line, or JSON lines; - for stdin"
     )
     text: str | None = Field(None, description="one prompt")
-    generate: int = Field(0, ge=0, description="greedy tokens to append, each one's system solved")
+    generate: StrictInt = Field(0, ge=0, description="greedy tokens to append and solve for")
     out: str | None = Field(None, description="folder of the result store")
     dtype: StoredDtype = Field("auto", description="dtype the weights are stored in")
     compute_dtype: ComputeDtype | None = Field(None, description="dtype everything is computed in")
@@ -40,9 +40,9 @@ class RunConfig(BaseModel):
     method: Method = Field("auto", description="how the triplets are computed")
     tol: float | None = Field(None, gt=0, description="residual to reach, relative to σ₁")
     tokens: str = Field("all", description="positions: all, last:8, 0,5,9 or start:stop:step")
-    batch: int | None = Field(None, ge=1, description="vectors pushed through a layer at once")
-    top: int = Field(8, ge=1, le=64, description="decoded words per direction")
-    seed: int = Field(0, ge=0, description="seed of every random vector")
+    batch: StrictInt | None = Field(None, ge=1, description="vectors per block")
+    top: StrictInt = Field(8, ge=1, le=64, description="decoded words per direction")
+    seed: StrictInt = Field(0, ge=0, description="seed of every random vector")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     allow_pickle: bool = Field(False, description="load weights that are not safetensors")
 

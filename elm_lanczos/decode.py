@@ -59,7 +59,7 @@ def decode_output(directions: Tensor, model: DetachedModel, top: int = 8) -> Wor
     Returns:
         Words of shape (..., top).
     """
-    return _best_rows(directions, model.unembedding.weight, top, cosine=False)
+    return _best_rows(directions, model.storage.weight(model.unembedding), top, cosine=False)
 
 
 def decode_input(directions: Tensor, model: DetachedModel, top: int = 8) -> Words:
@@ -73,7 +73,7 @@ def decode_input(directions: Tensor, model: DetachedModel, top: int = 8) -> Word
     Returns:
         Words of shape (..., top).
     """
-    return _best_rows(directions, model.embedding.weight, top, cosine=True)
+    return _best_rows(directions, model.storage.weight(model.embedding), top, cosine=True)
 
 
 def decode_triplets(result: SVDResult, model: DetachedModel, top: int = 8) -> Decoding:

@@ -93,8 +93,10 @@ def flatten(values: Any) -> Iterator[Any]:
 
 def rebuild(change: Callable[[Any], Any], values: Any) -> Any:
     """Returns nested arguments with `change` applied to every leaf."""
-    if isinstance(values, tuple) and not hasattr(values, "_fields"):
-        return tuple(rebuild(change, v) for v in values)
+    if isinstance(values, tuple):
+        changed = [rebuild(change, v) for v in values]
+        named = hasattr(values, "_fields")
+        return type(values)(*changed) if named else type(values)(changed)
     if isinstance(values, list):
         return [rebuild(change, v) for v in values]
     if isinstance(values, dict):
@@ -164,10 +166,31 @@ class Tape:
         self._next = 0
         return self
 
-    def read(self) -> Any:
-        """Returns the next recorded coefficient."""
+    def read(self, like: Any) -> Any:
+        """Returns the next recorded coefficient.
+
+        Args:
+            like: the value it stands for, which must have its shape.
+
+        Returns:
+            The coefficient.
+
+        Raises:
+            UnsupportedModelError: if the replay took another course than the recording.
+        """
+        value = self.values[self._next] if self._next < len(self.values) else None
         self._next += 1
-        return self.values[self._next - 1]
+        if type(value) is not type(like) or getattr(value, "shape", 0) != getattr(like, "shape", 0):
+            raise UnsupportedModelError(
+                "the model takes another course for another input (a decision no rule records), so "
+                "it cannot be linearised exactly"
+            )
+        return value
+
+    @property
+    def finished(self) -> bool:
+        """Whether a replay has used every coefficient."""
+        return self._next == len(self.values)
 
 
 class Freezing(TorchFunctionMode):
@@ -225,7 +248,7 @@ class Freezing(TorchFunctionMode):
     def freeze(self, value: Any) -> Any:
         """Fixes a coefficient: a tensor, or a decision such as a Python number or a list."""
         if self.replay is not None:
-            fixed = self.replay.read()
+            fixed = self.replay.read(value)
         else:
             fixed = value.detach() if isinstance(value, Tensor) else value
             if self.record is not None:
@@ -249,6 +272,7 @@ class Freezing(TorchFunctionMode):
         return result
 
     def _apply(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _positional(args, kwargs)
         marks = marks_of(args, kwargs)
         if not marks:
             of_weights = any(isinstance(leaf, nn.Parameter) for leaf in flatten((args, kwargs)))
@@ -325,6 +349,16 @@ def root_of(value: Any) -> Tensor | None:
     if mark is None or mark.root is not None:
         return mark.root if mark else None
     return value if mark.kind == Kind.LINEAR else None
+
+
+def _positional(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Moves the tensors that rules tell apart by position out of the keyword arguments."""
+    for place, names in enumerate((("input", "self"), ("other", "mat2", "vec"))):
+        name = next((n for n in names if n in kwargs), None)
+        if name is not None and len(args) == place:
+            args = (*args, kwargs[name])
+            kwargs = {k: v for k, v in kwargs.items() if k != name}
+    return args, kwargs
 
 
 _local = threading.local()

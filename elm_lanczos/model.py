@@ -9,6 +9,7 @@ keeps its class, its attention implementation and its weights, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from elm_lanczos.attention import IMPLEMENTATION, register_attention
 from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError
 from elm_lanczos.freezing import Freezing, precision
 from elm_lanczos.recurrences import frozen_recurrences
+from elm_lanczos.storage import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +89,8 @@ class DetachedModel:
         self.layers = _find_layers(self.decoder)
         self.dtype: torch.dtype = hf_model.dtype
         self.compute_dtype = _compute_dtype(compute_dtype, self.dtype)
-        _refuse_weights_that_are_not_finite(hf_model)
+        self.storage = Storage(hf_model, self.layers)
+        _refuse_weights_that_are_not_finite(self.storage)
 
     @classmethod
     def from_pretrained(
@@ -164,8 +167,8 @@ class DetachedModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the input embeddings."""
-        return self.embedding.weight.device
+        """Device that the input embeddings are computed on."""
+        return self.storage.device(self.embedding)
 
     @cached_property
     def embedding(self) -> nn.Embedding:
@@ -224,7 +227,7 @@ class DetachedModel:
         vocabulary = self.embedding.weight.shape[0]
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise UsageError(f"token ids must be in 0 … {vocabulary - 1}")
-        with torch.no_grad(), Freezing(self.compute_dtype, {}):
+        with torch.no_grad(), self.storage.plain(), Freezing(self.compute_dtype, {}):
             return self.embedding(ids[None])[0].to(self.compute_dtype)
 
     # ---------------------------------------------------------------------- the model itself
@@ -248,13 +251,45 @@ class DetachedModel:
         caught: list[Any] = []
         hook = self.decoder.register_forward_hook(lambda _m, _a, output: caught.append(output))
         try:
-            with torch.no_grad(), evaluating(self.hf_model), self._raised_weights():
+            raised = self.storage.plain(raised_to=self.compute_dtype)
+            with torch.no_grad(), evaluating(self.hf_model), raised:
                 logits = self.hf_model(**options, use_cache=False).logits[0]
         finally:
             hook.remove()
         row = 0 if "logits_to_keep" in options else position
         hidden = last_hidden_state(caught[-1])[0, position]
         return Prediction(hidden.to(self.compute_dtype), logits[row].to(self.compute_dtype))
+
+    def head(self, y: Tensor, inputs: Tensor, position: int) -> Tensor:
+        """What the model makes of a final hidden state: its own code from there to the logits.
+
+        Args:
+            y: (m,), a final hidden state; may be traced.
+            inputs: (T, d), any input embeddings of the length the model was run with.
+            position: where `y` stands.
+
+        Returns:
+            (vocabulary,), the logits at that position.
+        """
+        options: dict[str, Any] = {"inputs_embeds": inputs[None], "use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.hf_model.forward).parameters:
+            options["logits_to_keep"] = 1
+
+        def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
+            state = last_hidden_state(output)
+            stand_in = y.to(state.device).expand(1, state.shape[1], -1)
+            if isinstance(output, tuple):
+                return (stand_in, *output[1:])
+            output = copy.copy(output)
+            output["last_hidden_state"] = stand_in
+            return output
+
+        hook = self.decoder.register_forward_hook(replace)
+        try:
+            logits: Tensor = self.hf_model(**options).logits[0, -1]
+        finally:
+            hook.remove()
+        return logits
 
     def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
         """Returns ids (T + new_tokens,): the prompt and its greedy continuation."""
@@ -298,43 +333,6 @@ class DetachedModel:
         return Linearization(self, embeddings, position, **options)
 
     @contextlib.contextmanager
-    def _raised_weights(self) -> Iterator[None]:
-        """Raises stored weights to `compute_dtype` while a layer (or other module) runs."""
-        if self.dtype == self.compute_dtype:
-            yield
-            return
-        target, originals = self.compute_dtype, {}
-
-        def tensors(module: nn.Module, whole: bool) -> list[Tensor]:
-            both = (*module.parameters(recurse=whole), *module.buffers(recurse=whole))
-            return [t for t in both if 0 < precision(t.dtype) < precision(target)]
-
-        def lift(module: nn.Module, whole: bool) -> None:
-            kept = [(t, t.data) for t in tensors(module, whole)]
-            originals[id(module)] = kept
-            for tensor, data in kept:
-                tensor.data = data.to(target)
-
-        def lower(module: nn.Module) -> None:
-            for tensor, data in originals.pop(id(module), ()):
-                tensor.data = data
-
-        inside = {id(m) for layer in self.layers for m in layer.modules()}
-        handles = []
-        for module in self.hf_model.modules():
-            whole = any(module is layer for layer in self.layers)
-            if whole or id(module) not in inside:
-                handles += [
-                    module.register_forward_pre_hook(lambda m, _a, w=whole: lift(m, w)),
-                    module.register_forward_hook(lambda m, _a, _o: lower(m), always_call=True),
-                ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Puts frozen attention and recurrences, and plain experts, in reach of the model's code.
 
@@ -358,7 +356,8 @@ class DetachedModel:
         try:
             for config, name, _ in before:
                 setattr(config, name, wanted[name])
-            with evaluating(self.hf_model), frozen_recurrences(self.hf_model):
+            recurrences = frozen_recurrences(self.hf_model)
+            with evaluating(self.hf_model), recurrences, self.storage.plain():
                 yield
         finally:
             for config, name, value in before:
@@ -467,6 +466,8 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
 def _device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -492,7 +493,7 @@ def _why_not_loaded(source: str, error: Exception) -> str:
     return f"model {source!r} cannot be loaded: {first_line.strip()[:300]}"
 
 
-def _refuse_weights_that_are_not_finite(model: nn.Module) -> None:
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+def _refuse_weights_that_are_not_finite(storage: Storage) -> None:
+    for name, weight in storage.weights():
+        if weight.is_floating_point() and not weight.isfinite().all():
             raise ModelError(f"{name} holds values that are not finite (NaN or infinity)")

@@ -371,10 +371,10 @@ class StackedOperators(OperatorBatch):
             if index.tolist() == list(range(len(operators))):
                 return torch.bmm(X[:, None], operators)[:, 0]
             size = max(1, _GATHERED_ELEMENTS // operators[0].numel())
-            blocks = zip(X.split(size), index.to(X.device).split(size), strict=True)
+            blocks = zip(torch.split(X, size), torch.split(index.to(X.device), size), strict=True)
             return torch.cat([torch.bmm(x[:, None], operators[i])[:, 0] for x, i in blocks])
         product = X.new_empty(len(X), self.shape[2 if transpose else 1])
-        for i in index.unique().tolist():
+        for i in sorted(set(index.tolist())):
             where = (index == i).nonzero()[:, 0].to(X.device)
             operator = self._operators[i].T if transpose else self._operators[i]
             product[where] = operator._matmat(X[where].T).T
@@ -492,4 +492,4 @@ def _gathered_vjp(lin: LinearMap, U: Tensor, tokens: Tensor) -> Tensor:
 def _blocks(lin: LinearMap, X: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Rows of X with their tokens, in blocks whose zero-padded form stays small."""
     size = max(1, _TANGENT_ELEMENTS // math.prod(lin.inputs.shape))
-    return list(zip(X.contiguous().split(size), tokens.split(size), strict=True))
+    return list(zip(torch.split(X.contiguous(), size), torch.split(tokens, size), strict=True))

@@ -1,9 +1,9 @@
 """The rule table: for every torch function a model may call, what is frozen and what is linear.
 
-A rule is called as `rule(mode, func, args, kwargs)` instead of the function when one of its arguments
-depends on the input, and returns its result, marked (see `freezing`). To support a new function, add
-its name to the row of the table that describes it, at the end of this file, and a line to
-`tests/test_rules.py`. There are few kinds of rules:
+A rule is called as `rule(mode, func, args, kwargs)` instead of the function when one of its
+arguments depends on the input, and returns its result, marked (see `freezing`). To support a new
+function, add its name to the row of the table that describes it, at the end of this file, and a
+line to `tests/test_rules.py`. There are few kinds of rules:
 
 | rule | what comes out |
 |---|---|
@@ -52,9 +52,12 @@ def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """
 
     def decide(value: Any) -> Any:
-        decision = isinstance(value, Tensor) and not value.dtype.is_floating_point
-        return mode.freeze(value) if decision and mark_of(value) is not None else value
+        mark = mark_of(value)
+        unfixed = mark is not None and mark.kind != Kind.FROZEN
+        return mode.freeze(value) if unfixed and is_decision(value) else value
 
+    if kwargs.get("reduce") is not None:  # scatter(…, reduce="multiply") is not linear
+        return coefficient(mode, func, args, kwargs)
     if any(m.kind == Kind.LINEAR for m in marks_of(args, kwargs)):
         args, kwargs = rebuild(decide, args), rebuild(decide, kwargs)
     marks = marks_of(args, kwargs)
@@ -74,8 +77,9 @@ def _common_root(func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | Non
     """The one linear tensor that an elementwise result is a function of."""
     if function_name(func) not in _ELEMENTWISE or not isinstance(result, Tensor):
         return None
-    roots = [root_of(leaf) for leaf in flatten((args, kwargs)) if mark_of(leaf) is not None]
-    root = roots[0]
+    marked = [leaf for leaf in flatten((args, kwargs)) if mark_of(leaf) is not None]
+    roots = [root_of(leaf) for leaf in marked if mark_of(leaf).kind != Kind.FROZEN]
+    root = roots[0] if roots else None
     same = root is not None and all(other is root for other in roots)
     return root if same and root is not None and root.shape == result.shape else None
 
@@ -99,9 +103,10 @@ def _zero(constant: Any) -> Any:
 def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """Bilinear in its first two arguments: elementwise and matrix products.
 
-    `LINEAR · NONLINEAR` freezes the second; `act(g) · u`, elementwise and of one shape as in a gated
-    MLP, freezes `act(g)` (or `u`, by the mode's `gate`); any other product of two `LINEAR` tensors is
-    `NONLINEAR`. A gate times a `NONLINEAR` tensor is `NONLINEAR` too: both would be coefficients.
+    `LINEAR · NONLINEAR` freezes the second; `act(g) · u`, elementwise and of one shape as in a
+    gated MLP, freezes `act(g)` (or `u`, by the mode's `gate`); any other product of two `LINEAR`
+    tensors is `NONLINEAR`. A gate times a `NONLINEAR` tensor is `NONLINEAR` too: both would be
+    coefficients.
 
     Returns:
         The product, marked.
@@ -223,6 +228,8 @@ def einsum(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 
 def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """A quotient is a product with the reciprocal: linear in the numerator alone."""
+    if kwargs.get("rounding_mode") is not None:
+        return coefficient(mode, func, args, kwargs)
     if mark_of(args[1]) is None:
         return product(mode, func, args, kwargs)
     kinds = [mark.kind if (mark := mark_of(arg)) else None for arg in args[:2]]
@@ -271,8 +278,8 @@ def affine(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 def as_activation(mode: Freezing, value: Tensor) -> Tensor:
     """Turns an elementwise function `f(z)` that a weight is about to multiply into `z · (f(z)/z)`.
 
-    This is how activations written out in torch (xIELU, GELU by hand) are linearised: not until they
-    are used as values are they more than a coefficient.
+    This is how activations written out in torch (xIELU, GELU by hand) are linearised: not until
+    they are used as values are they more than a coefficient.
 
     Args:
         mode: the freezing.
@@ -297,11 +304,34 @@ def coefficient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """A function whose value may only serve as a coefficient: `NONLINEAR`."""
     marks = marks_of(args, kwargs)
     result = mode.call(func, args, kwargs)
-    if all(m.kind == Kind.FROZEN for m in marks):
-        set_mark(result, Mark(Kind.FROZEN))
-    else:
-        root = _common_root(func, args, kwargs, result)
-        set_mark(result, mode.nonlinear(func, marks)._replace(root=root))
+    fixed = all(m.kind == Kind.FROZEN for m in marks)
+
+    def mark(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if fixed:
+            set_mark(value, Mark(Kind.FROZEN))
+        elif is_decision(value):  # fixed at once, so that whatever depends on it is the same again
+            value = mode.freeze(value)
+        else:
+            root = _common_root(func, args, kwargs, value)
+            set_mark(value, mode.nonlinear(func, marks)._replace(root=root))
+        return value
+
+    return rebuild(mark, result)
+
+
+def is_decision(value: Any) -> bool:
+    """Whether a tensor holds a choice (indices, conditions) rather than amounts."""
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+
+
+def clamped(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`clamp(z) = z · (clamp(z)/z)` with the ratio frozen; no gate, unlike an activation."""
+    result = activation(mode, func, args, kwargs)
+    mark = mark_of(result)
+    if mark is not None and mark.kind == Kind.LINEAR:
+        set_mark(result, mark._replace(activated=bool(mark_of(args[0]).activated)))
     return result
 
 
@@ -315,7 +345,21 @@ def iteration(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def decision(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A Python value read from a tensor (`item`, `tolist`, `bool`): replayed, not recomputed."""
+    """A Python value read from a tensor (`item`, `tolist`, `bool`): replayed, not recomputed.
+
+    Amounts are refused: as plain numbers they could reach the output unseen.
+
+    Returns:
+        The recorded value.
+
+    Raises:
+        UnsupportedModelError: if the tensor holds amounts, not choices.
+    """
+    if function_name(func) != "bool" and not is_decision(args[0]):
+        raise UnsupportedModelError(
+            f"{mode.module}: {function_name(func)}() reads a number that depends on the input, so "
+            "the module cannot be linearised exactly"
+        )
     return mode.freeze(mode.call(func, args, kwargs))
 
 
@@ -325,13 +369,14 @@ def activation(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     mark = mark_of(z)
     if mark is None or mark.kind != Kind.LINEAR:
         return coefficient(mode, func, args, kwargs)
+    in_place = is_in_place(func) or bool(kwargs.get("inplace"))
     kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
-    fixed = z.detach()
-    small = torch.full((), torch.finfo(z.dtype).tiny ** 0.5, dtype=z.dtype, device=z.device)
-    at_zero = func(small, *args[1:], **kwargs) / small
-    ratio = mode.call(func, (fixed, *args[1:]), kwargs) / fixed
-    ratio = torch.where(fixed == 0, at_zero, ratio)
-    result = z * mode.freeze(ratio)
+    fixed = z.detach().clone() if in_place else z.detach()
+    small = torch.full_like(fixed, torch.finfo(z.dtype).tiny ** 0.5)
+    at_zero = mode.call(func, (small.clone(), *args[1:]), kwargs) / small
+    ratio = mode.call(func, (fixed.clone(), *args[1:]), kwargs) / fixed
+    ratio = mode.freeze(torch.where(fixed == 0, at_zero, ratio))
+    result = z.mul_(ratio) if in_place else z * ratio
     set_mark(result, Mark(Kind.LINEAR, activated=True, root=root_of(z)))
     return result
 
@@ -388,8 +433,10 @@ def cast(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """A change of dtype or device, never to a precision below the working one."""
     source = args[0]
     result = mode.call(func, args, kwargs)
-    if not result.dtype.is_floating_point and source.dtype.is_floating_point:
-        set_mark(result, mode.nonlinear(func, marks_of(source)))
+    if not isinstance(result, Tensor):  # int(x), float(x)
+        return decision(mode, func, args, kwargs)
+    if is_decision(result) and not is_decision(source) and mark_of(source).kind != Kind.FROZEN:
+        result = mode.freeze(result)
     else:
         set_mark(result, mark_of(source)._replace(root=root_of(source)))
     return result
@@ -413,21 +460,23 @@ _STRUCTURAL = (
     "contiguous clone split chunk tensor_split unbind narrow select slice getitem "
     "setitem index_select gather take_along_dim index_add index_copy scatter scatter_add copy "
     "masked_select masked_fill masked_scatter where cat concat concatenate stack hstack vstack "
-    "flip roll pad tril triu diagonal unfold dropout sum mean cumsum neg positive"
+    "flip roll pad tril triu diagonal unfold dropout sum mean cumsum neg positive view_as_complex "
+    "view_as_real"
 )
 _CONSTANT = "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"
 _COEFFICIENT = (
     "rsqrt sqrt reciprocal exp exp2 expm1 log log1p log2 softmax log_softmax sigmoid "
-    "logsigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin clamp "
-    "clamp_min clamp_max maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod "
-    "prod rdiv rtruediv threshold erf eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not "
+    "logsigmoid log_sigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin "
+    "maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod "
+    "prod rdiv rtruediv threshold erf eq ne lt le gt ge isnan isinf isfinite logical_and "
+    "logical_or logical_not "
     "bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor "
     "any all normalize detach data"
 )
 _DECISION = "item tolist bool int index nonzero_static contains"
 _ELEMENTWISE = frozenset(
-    "add sub rsub mul multiply div truediv where pow square exp expm1 sigmoid softplus tanh erf abs "
-    "sign clamp clamp_min clamp_max minimum maximum min max gt ge lt le eq ne relu silu gelu neg "
+    "add sub rsub mul multiply div truediv where pow square exp expm1 sigmoid softplus tanh erf "
+    "abs sign clamp clamp_min clamp_max minimum maximum min max gt ge lt le eq ne relu silu gelu neg "
     "positive dropout clone contiguous to float double sqrt rdiv rtruediv".split()
 )
 """Functions that act on each entry by itself (when their result has the shape of the entry)."""
@@ -443,13 +492,17 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("add sub rsub subtract".split(), addition),
     **dict.fromkeys(_MULTIPLY, product),
     **dict.fromkeys("pow square".split(), square),
+    **dict.fromkeys("clamp clamp_min clamp_max clip".split(), clamped),
+    "linalg_solve_triangular": product,
     **dict.fromkeys("addmm baddbmm addbmm addcmul".split(), fused),
     **dict.fromkeys("div truediv divide".split(), quotient),
     **dict.fromkeys("matmul bmm mm mv".split(), matrix_product),
     **dict.fromkeys("linear conv1d".split(), affine),
     "einsum": einsum,
     "iter": iteration,
-    **dict.fromkeys("to type type_as float double half bfloat16 cuda cpu".split(), cast),
+    **dict.fromkeys(
+        "to type type_as float double half bfloat16 long int short cuda cpu".split(), cast
+    ),
     "rms_norm": root_mean_square_norm,
     "layer_norm": layer_norm,
     "scaled_dot_product_attention": scaled_dot_product_attention,

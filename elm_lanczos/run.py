@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from elm_lanczos.analysis import attribute
 from elm_lanczos.config import RunConfig, select_tokens
 from elm_lanczos.decode import decode_triplets
-from elm_lanczos.errors import UsageError
+from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.linearization import Certificate, Linearization
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import TokenOperators
@@ -129,20 +131,34 @@ def run(
         raise UsageError("--resume keeps a store and --overwrite replaces it: choose one")
     if resume and config.out is None:
         raise UsageError("--resume needs the store to continue: add --out FOLDER")
+    if config.out == "":
+        raise UsageError("--out is empty")
+    if config.out == "":
+        raise UsageError("--out is empty")
     prompts = _prompts(config)
     model = load_model(config)
     if config.k > model.hidden_size:
         raise UsageError(
             f"--k {config.k} is more than the {model.hidden_size} dimensions of {model.name}"
         )
-    fingerprint = run_fingerprint(config, model, prompts)
+    ids = [_encode(model, prompt, config, observer) for prompt in prompts]
+    # everything that can be refused is, before a store is made or replaced
+    model.linearize(ids[0], block=config.batch)
+    fingerprint = run_fingerprint(config, model, prompts, ids)
     path = Path(config.out) if config.out is not None else default_path()
     with _open_store(path, config, model, fingerprint, resume, overwrite) as store:
         observer.opened(path, model.token_strings)
+        torch.set_num_threads(_resources(store)["threads"])
         for number, prompt in enumerate(prompts):
-            _solve_prompt(store, model, config, prompt, number, len(prompts), observer)
+            _solve_prompt(store, model, config, prompt, ids[number], number, len(prompts), observer)
         store.write_summary()
     return _outcome(path)
+
+
+def _resources(store: ResultStore) -> dict[str, int]:
+    """The memory and threads that plans are made for: those of the machine the run began on."""
+    resources: Any = store.attrs["resources"]
+    return {name: int(resources[name]) for name in ("memory", "threads")}
 
 
 def load_model(config: RunConfig) -> DetachedModel:
@@ -184,19 +200,25 @@ def default_path() -> Path:
 
 
 def run_fingerprint(
-    config: RunConfig, model: DetachedModel, prompts: Sequence[Prompt]
+    config: RunConfig, model: DetachedModel, prompts: Sequence[Prompt], ids: Sequence[Tensor]
 ) -> dict[str, object]:
     """Returns everything that must be equal for a run to be continued.
 
     Args:
         config: the options.
-        model: the model, identified by its config and a sample of every weight.
+        model: the model, identified by its config and its weights.
         prompts: the prompts.
+        ids: their token ids.
 
     Returns:
         Plain data.
     """
-    digest = hashlib.sha256(repr([(p.id, p.text) for p in prompts]).encode())
+    texts = [(p.id, p.text, i.tolist()) for p, i in zip(prompts, ids, strict=True)]
+    hf_config = {
+        name: value
+        for name, value in model.hf_model.config.to_dict().items()
+        if name not in ("_name_or_path", "transformers_version")
+    }
     names = ("k", "generate", "method", "tol", "tokens", "batch", "top", "seed", "revision")
     versions = {k: v for k, v in package_versions().items() if k != "python"}
     return {
@@ -205,22 +227,24 @@ def run_fingerprint(
         "stored_dtype": str(model.dtype),
         "compute_dtype": str(model.compute_dtype),
         "device": model.device.type,
-        "prompts": digest.hexdigest()[:16],
+        "model_config": _digest(sorted(hf_config.items())),
+        "prompts": _digest(texts),
         "options": {name: getattr(config, name) for name in names},
         "versions": versions,
     }
 
 
 def weights_digest(model: DetachedModel) -> str:
-    """Returns a digest of every parameter's name, shape and some of its values."""
-    digest = hashlib.sha256()
-    for name, weight in model.hf_model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if not weight.is_meta:
-            flat = weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)].double().cpu().numpy()
-            digest.update(sample.tobytes())
-    return digest.hexdigest()[:16]
+    """Returns a digest of every weight's name, shape, dtype and bytes (crc32 of each)."""
+    sums = []
+    for name, weight in model.storage.weights():
+        data = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        sums.append((name, tuple(weight.shape), str(weight.dtype), zlib.crc32(data)))
+    return _digest(sums)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _prompts(config: RunConfig) -> list[Prompt]:
@@ -229,6 +253,10 @@ def _prompts(config: RunConfig) -> list[Prompt]:
     text = config.text or ""
     if not text.strip():
         raise UsageError("--text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("--text is not valid UTF-8") from error
     return [Prompt("0", text)]
 
 
@@ -256,6 +284,10 @@ def _open_store(
         "seed": config.seed,
         "method": config.method,
         "config": config.model_dump(),
+        "resources": {
+            "memory": psutil.virtual_memory().available // 2,
+            "threads": torch.get_num_threads(),
+        },
     }
     return ResultStore.create(path, attrs=attrs, fingerprint=fingerprint, overwrite=overwrite)
 
@@ -268,27 +300,40 @@ def _solve_prompt(
     model: DetachedModel,
     config: RunConfig,
     prompt: Prompt,
+    ids: Tensor,
     number: int,
     total: int,
     observer: Observer,
 ) -> None:
     """Solves the system of the prompt's prediction, then those of the tokens to generate."""
-    ids = _encode(model, prompt, config.generate, observer)
     first = store.prompts[number] if number < len(store) else None
     lengths = range(len(ids), len(ids) + max(1, config.generate))
     groups = {} if first is None else {len(ids): first}
     groups |= {position + 1: g for position, g in (first.positions if first else {}).items()}
     missing = [n for n in lengths if n not in groups or not groups[n].attrs.get(FINISHED)]
-    if not missing:
-        return
-    full = model.generate(ids, max(missing) - len(ids))
-    for length in missing:
+    full = model.generate(ids, max(missing) - len(ids)) if missing else ids
+    for length in lengths:
+        if length not in missing:  # of the run that is continued
+            done = open_results(store.path).group(groups[length].name)
+            observer.started(number, total, done.text)
+            observer.finished(done)
+            continue
         text = prompt.text + "".join(model.token_strings(full[len(ids) : length]))
         prediction = Prediction(prompt, full[:length], text, length - len(ids))
         observer.started(number, total, text)
         begun = time.perf_counter()
         group, lin, plan = _prepare(store, groups, model, config, prediction, number)
         certificate = lin.certificate()
+        if certificate.refuted:
+            figures = ", ".join(f"{n} {getattr(certificate, n):.0e}" for n in certificate.refuted)
+            raise UnsupportedModelError(
+                f"{model.name} is not rewritten exactly ({figures}): no rule fits something in it"
+            )
+        if certificate.refuted:
+            figures = ", ".join(f"{n} {getattr(certificate, n):.0e}" for n in certificate.refuted)
+            raise UnsupportedModelError(
+                f"{model.name} is not rewritten exactly ({figures}): no rule fits something in it"
+            )
         _write_outputs(group, lin, model, certificate)
         observer.planned(plan, plan.passes[plan.method])
         _write_triplets(group, lin, plan, model, config, observer)
@@ -298,16 +343,18 @@ def _solve_prompt(
         observer.finished(results.group(group.name))
 
 
-def _encode(model: DetachedModel, prompt: Prompt, generate: int, observer: Observer) -> Tensor:
+def _encode(model: DetachedModel, prompt: Prompt, config: RunConfig, observer: Observer) -> Tensor:
+    """The token ids of a prompt, once it is known that every token asked for exists."""
     try:
         ids = model.encode(prompt.text)
+        select_tokens(config.tokens, len(ids))
     except UsageError as error:
         raise UsageError(f"prompt {prompt.id}: {error}") from error
-    longest = model.max_length
-    if longest is not None and len(ids) + generate > longest:
+    longest, length = model.max_length, len(ids) + config.generate
+    if longest is not None and length > longest:
         observer.note(
-            f"prompt {prompt.id} has {len(ids) + generate} tokens, more than the {longest} that "
-            f"{model.name} was trained for: the model itself may be poor there"
+            f"prompt {prompt.id} has {length} tokens, more than the {longest} that {model.name} "
+            "was trained for: the model itself may be poor there"
         )
     return ids
 
@@ -325,13 +372,13 @@ def _prepare(
     if length in groups:
         stored: Any = groups[length].plan
         chain = stored["chain"]
-        torch.set_num_threads(chain["threads"])
         lin = model.linearize(prediction.ids, block=chain["block"], keep=chain["keep"])
         return groups[length], lin, Plan(**stored["svd"])
-    lin = model.linearize(prediction.ids, block=config.batch)
+    memory = _resources(store)["memory"]
+    lin = model.linearize(prediction.ids, block=config.batch, memory=memory)
     tokens = select_tokens(config.tokens, length)
     plan = _plan(lin, config, tokens, number, prediction.continuation)
-    chain = {"block": lin.block, "keep": lin.keep, "threads": torch.get_num_threads()}
+    chain = {"block": lin.block, "keep": lin.keep}
     header = _header(model, config, prediction, lin, tokens, {"svd": asdict(plan), "chain": chain})
     if prediction.continuation == 0:
         groups[length] = store.create_prompt(header)

@@ -175,7 +175,9 @@ def compare_matmat(operator: LinearOperator, dense: Tensor) -> None:
         np.testing.assert_allclose(S.matmat(X.numpy()), (M @ X).numpy(), rtol=0, atol=tol * 4)
         np.testing.assert_allclose(S.matvec(X[:, 0].numpy()), (M @ X[:, 0]), rtol=0, atol=tol * 4)
         assert S.matvec(X[:, 0].numpy()).shape == (M.shape[0],)
-    assert operator.dot_test() <= (1e-12 if dense.dtype == torch.float64 else 1e-5)
+    # Beside rounding, the figure grows where A v is small by cancellation: with few rows.
+    few = max(1.0, 100 / m**2)
+    assert operator.dot_test() <= few * (1e-12 if dense.dtype == torch.float64 else 1e-5)
 
 
 def check_triplets(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import transformers
 
 from elm_lanczos.analysis import attribute
+from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.model import DetachedModel
 from tests.families import CONFIGS, PROMPT, detached_model
 
@@ -31,5 +34,20 @@ def test_final_soft_cap_enters_as_a_frozen_factor() -> None:
     model = DetachedModel(transformers.Gemma3ForCausalLM(config).double().eval())
     lin = model.linearize(PROMPT)
     result = attribute(lin)
-    raw = float(model.unembedding.weight[result.target] @ lin.output)
-    assert abs(result.logit) < 0.9 * abs(raw) and result.error <= 1e-6
+    row = model.unembedding.weight[result.target].detach()
+    raw = float(row @ lin.output)
+    assert abs(result.logit) < 0.9 * abs(raw)
+    factor = 0.05 * math.tanh(raw / 0.05) / raw  # written out by hand
+    assert torch.allclose(lin.readout(result.target).cotangent, factor * row, rtol=1e-9)
+    assert result.error <= 1e-6
+
+
+def test_head_that_is_not_affine_is_refused() -> None:
+    class Bent(torch.nn.Linear):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            return super().forward(y) + 3 * torch.exp(y).sum(-1, keepdim=True)
+
+    model = detached_model("llama")
+    model.hf_model.lm_head.__class__ = Bent
+    with pytest.raises(UnsupportedModelError, match="logits"):
+        attribute(model.linearize(PROMPT))

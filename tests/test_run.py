@@ -179,7 +179,7 @@ def test_store_is_neither_overwritten_nor_continued_by_another_run(
             run(given.model_copy(update=change), Listener(), resume=True)
     again = Listener()
     run(given, again, resume=True)
-    assert again.finished_texts == []  # nothing was left to do
+    assert again.finished_texts == [PROMPTS[0]] and again.made == []  # nothing was left to do
     run(given.model_copy(update={"k": 3}), Listener(), overwrite=True)
     assert open_results(out).prompts[0].S.shape[1] == 3
 

@@ -1,9 +1,8 @@
 r"""Exact attribution of a logit to the input tokens.
 
-With `y = Σ_i J_i x_i + c`, a logit `s · (⟨w_t, y⟩ + b_t)` is the sum over tokens of
-`s ⟨w_t, J_i x_i⟩ = s ⟨J_iᵀ w_t, x_i⟩`, plus `s ⟨w_t, c⟩` and `s b_t`: nothing is left over. One VJP
-with the cotangent `w_t` gives all of them. `s` holds what the model does after the unembedding
-(logit scale, final soft-cap) as a frozen factor; it is 1 for most models.
+A logit is an affine functional of the output, `⟨w, y⟩ + b` (see `Linearization.readout`), and
+`y = Σ_i J_i x_i + c`. So it is the sum over tokens of `⟨w, J_i x_i⟩ = ⟨J_iᵀ w, x_i⟩`, plus `⟨w, c⟩`
+and `b`: nothing is left over. One VJP with the cotangent `w` gives all of them.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ class Attribution:
     Attributes:
         target: the token id whose logit is attributed.
         logit: the untouched model's own logit.
-        tokens: (T,), each input token's share.
+        tokens: (T,), each input token's share, float64.
         constant: the share of the constant `c`.
-        bias: the share of the unembedding's bias.
+        bias: the share of what the head adds, such as the unembedding's bias.
     """
 
     target: int
@@ -36,7 +35,7 @@ class Attribution:
     @property
     def total(self) -> float:
         """The sum of all shares, in float64."""
-        return float(self.tokens.double().sum()) + self.constant + self.bias
+        return float(self.tokens.sum()) + self.constant + self.bias
 
     @property
     def error(self) -> float:
@@ -53,15 +52,14 @@ def attribute(lin: Linearization, target: int | None = None) -> Attribution:
 
     Returns:
         The shares of the tokens, the constant and the bias.
+
+    Raises:
+        UnsupportedModelError: if the model's head is not affine once frozen.
     """
     logits = lin.prediction.logits
     target = int(logits.argmax()) if target is None else target
-    unembedding = lin.model.unembedding
-    w = unembedding.weight[target].detach().to(lin.output)
-    bias = 0.0 if unembedding.bias is None else float(unembedding.bias[target])
-    logit = float(logits[target])
-    plain = float(w.double() @ lin.output.double()) + bias
-    scale = logit / plain if abs(logit - plain) > 1e-4 * abs(plain) and plain else 1.0
-    shares = scale * (lin.vjp(w) * lin.inputs).double().sum(-1)
-    constant = scale * float(w.double() @ lin.constant.double())
-    return Attribution(target, logit, shares, constant, scale * bias)
+    readout = lin.readout(target)
+    w = readout.cotangent
+    shares = (lin.vjp(w) * lin.inputs).double().sum(-1)
+    constant = float(w.double() @ lin.constant.double())
+    return Attribution(target, float(logits[target]), shares, constant, readout.constant)

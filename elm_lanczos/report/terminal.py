@@ -97,7 +97,8 @@ def _table(result: PromptResult, words: Words, width: int) -> Table:
         logit = Text(f"{share:+.2f}", style=_share_style(share / size))
         status = Status(int(result.status[i]))
         if status in (Status.NOT_REQUESTED, Status.PENDING):
-            table.add_row(token, logit, Text(status.name.lower().replace("_", " "), style="dim"))
+            state = status.name.lower().replace("_", " ")
+            table.add_row(Text(token), logit, "", "", Text(state, style="dim"))
             continue
         values = [f"{s:.4g}" for s in result.S[i, :count]]
         values[0] += "" if status != Status.NOT_CONVERGED else " !"
@@ -206,7 +207,8 @@ class Terminal:
 
     def note(self, message: str) -> None:
         """Prints a line on standard error."""
-        self.err.print(Text(f"note: {printable(message)}", style="yellow"))
+        if not self.out.quiet:
+            self.err.print(Text(f"note: {printable(message)}", style="yellow"), soft_wrap=True)
 
     def opened(self, path: Path, words: Words) -> None:
         """Remembers how to spell tokens."""

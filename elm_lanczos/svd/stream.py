@@ -82,13 +82,17 @@ def stream(
         Position in groups and that group's result, as soon as all its operators have converged.
     """
     Omega = normal_rows(plan.seed, [0], _START, (plan.width, batch.shape[1]), _like(batch))[0]
-    parts = []
-    for Y in Omega.split(plan.cotangent_block):
+    samples: list[list[Tensor]] = [[] for _ in groups]
+    for Y in torch.split(Omega, plan.cotangent_block):
         count(len(Y))
-        parts.append(batch.rows(Y))
-    sample = torch.cat(parts)
-    active = {p: _begin(batch, plan, index, sample) for p, index in enumerate(groups)}
-    del parts, sample
+        rows = batch.rows(Y)
+        for sample, index in zip(samples, groups, strict=True):
+            sample.append(rows.index_select(1, index.to(rows.device)).transpose(0, 1))
+    active = {
+        position: _begin(batch, plan, index, torch.cat(samples[position], 1))
+        for position, index in enumerate(groups)
+    }
+    del samples
     while active:
         for start, rows in row_blocks(batch, plan, count):
             for state in active.values():
@@ -186,10 +190,9 @@ def _like(batch: OperatorBatch) -> Tensor:
 
 
 def _begin(batch: OperatorBatch, plan: Plan, index: Tensor, sample: Tensor) -> _Krylov:
-    """The first block of a group: the leading directions of JᵀΩ, (ℓ, n, d) for the whole batch."""
+    """The first block of a group: the leading directions of JᵀΩ, whose rows are (g, ℓ, d)."""
     _, m, d = batch.shape
     g = len(index)
-    sample = sample.index_select(1, index.to(sample.device)).transpose(0, 1).contiguous()
     scale = power_of_two_scale(sample)
     lost = ~sample.isfinite().flatten(1).all(1)
     sample = torch.where(lost[:, None, None], 0.0, sample / scale[:, None, None])

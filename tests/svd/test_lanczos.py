@@ -14,13 +14,13 @@ from tests.spectra import DTYPES, check_triplets, powers, solve_with, with_spect
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("flat", [20, 30, 40])
+@pytest.mark.parametrize("flat", [20, 40])
 @pytest.mark.parametrize("k", [8, 18])
 def test_plateau_then_gap_with_restarts(flat: int, k: int, dtype: torch.dtype) -> None:
     """RAFT's comment: none of 45 such configurations both restarted and answered correctly."""
     tail = 0.5 * 0.97 ** torch.arange(80.0)
     matrices = torch.stack(
-        [with_spectrum([1.0] * flat + [*tail], 120, 120, dtype, seed) for seed in range(3)]
+        [with_spectrum([1.0] * flat + [*tail], 120, 120, dtype, seed) for seed in range(2)]
     )
     for basis in (k + 2, k + 6):
         result = solve_with(StackedOperators(matrices), k, "lanczos", basis=basis)
@@ -112,14 +112,14 @@ def test_finished_operators_leave_the_lockstep() -> None:
 
 
 def test_stable_rank_estimate_has_an_honest_standard_error() -> None:
-    """Over 60 seeds the error in units of the standard error is of order one."""
+    """Over 40 seeds the error in units of the standard error is of order one."""
     matrix = with_spectrum(powers(-0.5, 60), 60, 60)
     exact = float(matrix.square().sum() / torch.linalg.matrix_norm(matrix, 2) ** 2)
     scores = []
-    for seed in range(60):
+    for seed in range(40):
         result = solve_with(matrix, 2, "lanczos", seed=seed, probes=16)
         scores.append((float(result.stable_rank) - exact) / float(result.stable_rank_error))
     score = torch.tensor(scores)
-    # Student's t with 15 degrees of freedom: mean 0 ± 0.14, standard deviation 1.07 ± 0.1.
+    # Student's t with 15 degrees of freedom: mean 0 ± 0.17, standard deviation 1.07 ± 0.13.
     assert abs(float(score.mean())) < 0.6
     assert 0.7 < float(score.std()) < 1.6

@@ -119,7 +119,7 @@ def test_progress_counts_every_pass(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["lanczos", "stream"])
 def test_no_jacobian_is_ever_formed(method: str) -> None:
-    n = 3000
+    n = 2000
     generator = torch.Generator().manual_seed(0)
     P, Q = (torch.randn(n, 12, generator=generator) for _ in range(2))
     weights = 2.0 ** -torch.arange(12.0)
@@ -127,8 +127,8 @@ def test_no_jacobian_is_ever_formed(method: str) -> None:
     operator = DiagonalPlusLowRank(a, P * weights / n**0.5, Q / n**0.5)
     with Forbid(n * n) as mode:
         result = svd(operator, 6, method=method)
-    # The largest thing is a basis: of 8 blocks of 93 vectors for streams.
-    assert mode.largest <= 8 * 93 * n
+    # The largest thing is a basis: of 8 blocks of 62 vectors for streams.
+    assert mode.largest <= 8 * 62 * n
     assert result.converged.all()
     with pytest.raises(AssertionError, match="made"), Forbid(n * n):
         svd(operator, 6, method="dense")
