@@ -63,6 +63,12 @@ def mark_of(value: object) -> Mark | None:
     return getattr(value, "_elm_mark", None)
 
 
+def kind_of(value: object) -> Kind | None:
+    """Returns how a tensor depends on the input, None for constants."""
+    mark = mark_of(value)
+    return None if mark is None else mark.kind
+
+
 def set_mark(value: object, mark: Mark | None) -> None:
     """Marks a tensor, or every tensor of a tuple or list of them."""
     if isinstance(value, Tensor):

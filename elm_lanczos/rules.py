@@ -33,6 +33,7 @@ from elm_lanczos.freezing import (
     flatten,
     function_name,
     is_in_place,
+    kind_of,
     mark_of,
     marks_of,
     rebuild,
@@ -52,8 +53,7 @@ def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """
 
     def decide(value: Any) -> Any:
-        mark = mark_of(value)
-        unfixed = mark is not None and mark.kind != Kind.FROZEN
+        unfixed = kind_of(value) in (Kind.LINEAR, Kind.NONLINEAR)
         return mode.freeze(value) if unfixed and is_decision(value) else value
 
     if kwargs.get("reduce") is not None:  # scatter(…, reduce="multiply") is not linear
@@ -78,7 +78,7 @@ def _common_root(func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | Non
     if function_name(func) not in _ELEMENTWISE or not isinstance(result, Tensor):
         return None
     marked = [leaf for leaf in flatten((args, kwargs)) if mark_of(leaf) is not None]
-    roots = [root_of(leaf) for leaf in marked if mark_of(leaf).kind != Kind.FROZEN]
+    roots = [root_of(leaf) for leaf in marked if kind_of(leaf) != Kind.FROZEN]
     root = roots[0] if roots else None
     same = root is not None and all(other is root for other in roots)
     return root if same and root is not None and root.shape == result.shape else None
@@ -232,7 +232,7 @@ def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         return coefficient(mode, func, args, kwargs)
     if mark_of(args[1]) is None:
         return product(mode, func, args, kwargs)
-    kinds = [mark.kind if (mark := mark_of(arg)) else None for arg in args[:2]]
+    kinds = [kind_of(arg) for arg in args[:2]]
     if kinds == [Kind.LINEAR, Kind.NONLINEAR]:
         return product(mode, func, args, kwargs)
     return coefficient(mode, func, args, kwargs)
@@ -242,7 +242,7 @@ def matrix_product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """A product by a matrix; of batches of matrices with a frozen left factor: `frozen_product`."""
     if mark_of(args[1]) is None:
         args = (as_activation(mode, args[0]), *args[1:])
-    left, right = (mark.kind if (mark := mark_of(arg)) else None for arg in args[:2])
+    left, right = (kind_of(arg) for arg in args[:2])
     if (
         left in (Kind.NONLINEAR, Kind.FROZEN)
         and right == Kind.LINEAR
@@ -331,14 +331,15 @@ def clamped(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     result = activation(mode, func, args, kwargs)
     mark = mark_of(result)
     if mark is not None and mark.kind == Kind.LINEAR:
-        set_mark(result, mark._replace(activated=bool(mark_of(args[0]).activated)))
+        given = mark_of(args[0])
+        set_mark(result, mark._replace(activated=given is not None and given.activated))
     return result
 
 
 def iteration(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """`for row in tensor`: the rows, of a nonlinear tensor (chosen experts) as decisions."""
     tensor = args[0]
-    if mark_of(tensor).kind == Kind.NONLINEAR:
+    if kind_of(tensor) == Kind.NONLINEAR:
         tensor = mode.freeze(tensor)
     with mode:
         return iter(tensor.unbind(0))
@@ -435,10 +436,11 @@ def cast(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     result = mode.call(func, args, kwargs)
     if not isinstance(result, Tensor):  # int(x), float(x)
         return decision(mode, func, args, kwargs)
-    if is_decision(result) and not is_decision(source) and mark_of(source).kind != Kind.FROZEN:
+    if is_decision(result) and not is_decision(source) and kind_of(source) != Kind.FROZEN:
         result = mode.freeze(result)
     else:
-        set_mark(result, mark_of(source)._replace(root=root_of(source)))
+        mark = mark_of(source)
+        set_mark(result, mark._replace(root=root_of(source)) if mark is not None else None)
     return result
 
 
@@ -469,15 +471,14 @@ _COEFFICIENT = (
     "logsigmoid log_sigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin "
     "maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod "
     "prod rdiv rtruediv threshold erf eq ne lt le gt ge isnan isinf isfinite logical_and "
-    "logical_or logical_not "
-    "bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor "
+    "logical_or logical_not bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor "
     "any all normalize detach data"
 )
 _DECISION = "item tolist bool int index nonzero_static contains"
 _ELEMENTWISE = frozenset(
     "add sub rsub mul multiply div truediv where pow square exp expm1 sigmoid softplus tanh erf "
-    "abs sign clamp clamp_min clamp_max minimum maximum min max gt ge lt le eq ne relu silu gelu neg "
-    "positive dropout clone contiguous to float double sqrt rdiv rtruediv".split()
+    "abs sign clamp clamp_min clamp_max minimum maximum min max gt ge lt le eq ne relu silu gelu "
+    "neg positive dropout clone contiguous to float double sqrt rdiv rtruediv".split()
 )
 """Functions that act on each entry by itself (when their result has the shape of the entry)."""
 

@@ -239,7 +239,7 @@ def weights_digest(model: DetachedModel) -> str:
     sums = []
     for name, weight in model.storage.weights():
         data = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        sums.append((name, tuple(weight.shape), str(weight.dtype), zlib.crc32(data)))
+        sums.append((name, tuple(weight.shape), str(weight.dtype), zlib.crc32(data.data)))
     return _digest(sums)
 
 
