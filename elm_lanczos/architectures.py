@@ -47,24 +47,12 @@ ROLES: tuple[tuple[str, str, int | None], ...] = (
     # role, pattern of the field names that play it (the first that matches), the largest value left
     # (None: `_smaller` says)
     ("special token", r"(token|bos|eos|pad)_(id|index)$", None),
-    (
-        "depth",
-        r"^(num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks)$",
-        None,
-    ),
+    ("depth", r"^(num_(hidden_)?layers|n_layers?|(num_)?(en|de)coder_layers|num_blocks)$", None),
     ("depth", r"_layers_per_stack$", None),
     ("kept", r"label|_(ids|idxs|idx|index)$|_layers$|layer_types|seed|kernel|d_conv|conv1d", None),
     ("vocabulary", r"vocab|codebook_size|n_langs", VOCABULARY),
-    (
-        "positions",
-        r"max_.*(position|length)|max_seq_len|n_positions|n_ctx|context_length",
-        POSITIONS,
-    ),
-    (
-        "window",
-        r"window|chunk|block_size|local_attention|compress_r|_budget|index_topk|_n_floor",
-        4,
-    ),
+    ("positions", r"max_.*(position|length)|max_seq|n_positions|n_ctx|context_length", POSITIONS),
+    ("window", r"window|chunk|block_size|local_attention|compress_r|budget|index_topk|n_floor", 4),
     ("rotary dim", r"rotary_dim", HEAD_DIM // 2),
     ("head dim", r"head_?(dim|size)$|d_kv|d_head|dim_head|kv_channels", None),
     ("key heads", r"(kv|key_value|key)_heads|kv_n_heads|query_groups|n_?groups$", None),
@@ -81,7 +69,7 @@ ROLES: tuple[tuple[str, str, int | None], ...] = (
 )
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "dim")
-_OTHER_SENSES = r"vision|audio|video|speech|image"
+_OTHER_SENSES = r"vision|audio|video|speech|image"  # their widths do not set the scale
 _LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _TRAILING = ("num_kv_shared_layers",)
 _LEAST_LAYERS = 3  # a first, a middle and a last one, where all are alike
@@ -93,7 +81,7 @@ _COMPASS_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [24
 _MIXED = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 COMPLETIONS: dict[str, Plain] = {
     # model type → what its defaults lack for a model to be built from them and run
-    "bamba": {"layer_types": _MIXED * 8},  # the mask needs one attention layer
+    "bamba": {"attn_layer_indices": [2, 20]},  # the mask needs one attention layer
     "cohere_compass_text": {"rope_parameters": {"full_attention": _COMPASS_ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 6},
@@ -109,7 +97,8 @@ COMPLETIONS: dict[str, Plain] = {
     "xmod": {"default_language": "en_XX"},
 }
 FIXED: dict[str, Plain] = {
-    # model type → tiny sizes that follow from its code and not from its configuration
+    # model type → tiny sizes that its configuration says nothing about
+    "dots3_note_text": {"head_dim": 2 * HEAD_DIM},  # the sum of two dimensions of *some* layers
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # states are multiples of 64 wide
 }
 
@@ -122,7 +111,7 @@ def causal_architectures() -> list[str]:
 
 
 def tiny_config(config_or_model_type: PreTrainedConfig | str) -> PreTrainedConfig:
-    """Returns a configuration of the same architecture with thousands instead of billions of weights.
+    """Returns a configuration of the same architecture with thousands of weights, not billions.
 
     Args:
         config_or_model_type: a configuration, which is left as it is, or a model type, for the
@@ -145,7 +134,7 @@ def tiny_config(config_or_model_type: PreTrainedConfig | str) -> PreTrainedConfi
         config = _attempt("its default configuration", AutoConfig.for_model, config, **given)
     plain = config.to_dict()
     small = _narrow(plain, _widest(plain), _special_tokens(plain))
-    return _shallow(type(config), small | FIXED.get(config.model_type, {}))
+    return _shallow(type(config), small)
 
 
 def tiny_model(
@@ -262,18 +251,17 @@ def _narrow(plain: Plain, width: int, special: Mapping[int, int]) -> Plain:
                 for layer, own in value.items()
             }
         elif _is_config(name, value):
-            part = _widest(value) if re.search(_OTHER_SENSES, name) else width
-            small[name] = _narrow(value, part, special)
+            small[name] = _narrow(value, width, special)
         else:
             small[name] = _each_integer(value, change, name)
-    if small.get("head_dim", 0) is None:
-        small["head_dim"] = HEAD_DIM
+    if small.get("head_dim", 0) is None and small.get("num_attention_heads"):
+        small["head_dim"] = small.get("hidden_size", WIDTH) // small["num_attention_heads"]
     if small.get("num_key_value_heads", 0) is None:
         small["num_key_value_heads"] = small.get("num_attention_heads")
     if "is_decoder" in small:
         small["is_decoder"] = True  # what makes an encoder's architecture a causal language model
     _narrow_rope(small)
-    return small
+    return small | FIXED.get(plain.get("model_type", ""), {})
 
 
 def _smaller(name: str, value: int, sizes: dict[str, int], width: int) -> int:
@@ -287,7 +275,9 @@ def _smaller(name: str, value: int, sizes: dict[str, int], width: int) -> int:
         left = scaled(value)
     elif role == "head dim":
         parts = [sizes.get(f"qk_{part}_head_dim", 0) for part in ("nope", "rope")]
-        left = 2 * HEAD_DIM if all(parts) and value == sum(parts) else HEAD_DIM
+        heads, own = (sizes.get(n, 0) for n in ("num_attention_heads", "hidden_size"))
+        left = scaled(own) // HEADS if own and value * heads == own else HEAD_DIM
+        left = 2 * HEAD_DIM if all(parts) and value == sum(parts) else left
     elif role == "heads":
         inner = [sizes.get("mamba_d_ssm", 0)]
         inner += [
@@ -382,7 +372,11 @@ def _choices(values: Plain, depth: int) -> Iterator[list[int]]:
 
 
 def _is_per_layer(value: Any, depth: int) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == depth
+    return isinstance(value, (list, tuple)) and 0 < len(value) == depth and not _is_range(value)
+
+
+def _is_range(value: Any) -> bool:
+    return list(value) == list(range(len(value)))
 
 
 def _members(name: str, value: Any, depth: int) -> list[int]:
@@ -393,7 +387,7 @@ def _members(name: str, value: Any, depth: int) -> list[int]:
         return list(range(depth - value, depth))
     if name == "per_layer_config":
         return [int(i) for i in value]
-    if isinstance(value, (list, tuple)) and re.search(r"layers$|_ids$|idxs|indexes", name):
+    if isinstance(value, (list, tuple)) and re.search(r"layers$|_ids$|idxs|ind(ex|ic)es", name):
         return [i for i in value if type(i) is int]
     return []
 
@@ -423,7 +417,7 @@ _Layer = dict[tuple[str, str, str, str], Any]
 def _describe(stacks: Mapping[str, nn.Module]) -> list[_Layer]:
     return [
         {
-            (stack, name, type(module).__name__, attribute): value
+            (stack, re.sub(r"\b\d+\b", "*", name), type(module).__name__, attribute): value
             for name, module in layer.named_modules()
             for attribute, value in _attributes(module)
         }
@@ -447,13 +441,19 @@ def _telling(layers: list[_Layer]) -> set[Any]:
     for layer in layers:
         for place, value in layer.items():
             values.setdefault(place, []).append(value)
-    return {
-        place
-        for place, found in values.items()
-        if (len(found) < len(layers) or len(set(found)) > 1)
-        and not (len(set(found)) > len(found) / 2 and len(found) > 2)
-        and not re.search(r"idx|index|layer_(number|id)", place[3])
-    }
+
+    def tells(place: tuple[str, ...], found: list[Any]) -> bool:
+        if not place[3]:  # whether there is such a module
+            return len(found) < len(layers)
+        different = len(set(found))
+        numbers = len(found) > 2 and different > len(found) / 2
+        return (
+            different > 1
+            and not numbers
+            and not re.search(r"idx|index|layer_(number|id)", place[3])
+        )
+
+    return {place for place, found in values.items() if tells(place, found)}
 
 
 def _kinds(layers: list[_Layer], telling: set[Any]) -> set[Any]:

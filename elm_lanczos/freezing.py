@@ -72,6 +72,8 @@ def kind_of(value: object) -> Kind | None:
 def set_mark(value: object, mark: Mark | None) -> None:
     """Marks a tensor, or every tensor of a tuple or list of them."""
     if isinstance(value, Tensor):
+        if mark is not None and mark.root is value:  # a cycle would keep its graph alive
+            mark = mark._replace(root=None)
         value._elm_mark = mark  # type: ignore[attr-defined]
     elif isinstance(value, (tuple, list)):
         for item in value:

@@ -60,8 +60,14 @@ def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         return coefficient(mode, func, args, kwargs)
     if any(m.kind == Kind.LINEAR for m in marks_of(args, kwargs)):
         args, kwargs = rebuild(decide, args), rebuild(decide, kwargs)
+        if mode.without_constants and function_name(func) in _JOINS:
+            args, kwargs = rebuild(_without_constant, args), rebuild(_without_constant, kwargs)
     marks = marks_of(args, kwargs)
     result = mode.call(func, args, kwargs)
+    amounts = [leaf for leaf in flatten((args, kwargs)) if isinstance(leaf, Tensor)]
+    amounts = [leaf for leaf in amounts if not is_decision(leaf)]
+    if amounts and not marks_of(amounts) and all(m.kind == Kind.FROZEN for m in marks):
+        return result  # a weight looked up by a recorded choice is a constant, such as its bias
     target = args[0] if func.__name__ == "__setitem__" else result
     kind = max(m.kind for m in marks)
     activated = all(m.activated for m in marks) and function_name(func) not in _REDUCTIONS
@@ -71,6 +77,13 @@ def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 _REDUCTIONS = {"sum", "mean", "cumsum"}
+_JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "where"}
+
+
+def _without_constant(value: Any) -> Any:
+    """A constant joined to linear tensors goes to `c`, like one added to them."""
+    known = not isinstance(value, Tensor) or is_decision(value) or mark_of(value) is not None
+    return value if known else torch.zeros_like(value)
 
 
 def _common_root(func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | None:
@@ -82,6 +95,13 @@ def _common_root(func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | Non
     root = roots[0] if roots else None
     same = root is not None and all(other is root for other in roots)
     return root if same and root is not None and root.shape == result.shape else None
+
+
+def shaped(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`a.expand_as(b)`: of the second tensor only the shape is used."""
+    if mark_of(args[0]) is None:
+        return mode.call(func, args, kwargs)
+    return structural(mode, func, (args[0], args[1].detach()), kwargs)
 
 
 def addition(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -105,8 +125,8 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 
     `LINEAR · NONLINEAR` freezes the second; `act(g) · u`, elementwise and of one shape as in a
     gated MLP, freezes `act(g)` (or `u`, by the mode's `gate`); any other product of two `LINEAR`
-    tensors is `NONLINEAR`. A gate times a `NONLINEAR` tensor is `NONLINEAR` too: both would be
-    coefficients.
+    tensors is `NONLINEAR`. A gate times a `NONLINEAR` tensor is `NONLINEAR` too, as both would be
+    coefficients, unless that is one number per row: a norm's scale, an expert's weight.
 
     Returns:
         The product, marked.
@@ -126,7 +146,9 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         elif multiplies and args[0] is args[1] and all(activated):  # relu(z)²
             frozen = 1
     elif Kind.LINEAR in kinds and Kind.NONLINEAR in kinds:
-        gate = activated[kinds.index(Kind.LINEAR)] and root is None
+        other = args[kinds.index(Kind.NONLINEAR)]
+        per_row = multiplies and (other.ndim == 0 or other.shape[-1] == 1)
+        gate = activated[kinds.index(Kind.LINEAR)] and root is None and not per_row
         frozen = None if gate else kinds.index(Kind.NONLINEAR)
     if frozen is not None:
         func = _out_of_place(mode, func) if frozen == 0 and is_in_place(func) else func
@@ -457,22 +479,21 @@ def scaled_dot_product_attention(mode: Freezing, func: Any, args: Any, kwargs: A
 # ---------------------------------------------------------------------------- the rule table
 
 _STRUCTURAL = (
-    "view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes "
-    "swapdims permute movedim T mT t expand expand_as broadcast_to repeat repeat_interleave tile "
-    "contiguous clone split chunk tensor_split unbind narrow select slice getitem "
-    "setitem index_select gather take_along_dim index_add index_copy scatter scatter_add copy "
-    "masked_select masked_fill masked_scatter where cat concat concatenate stack hstack vstack "
-    "flip roll pad tril triu diagonal unfold dropout sum mean cumsum neg positive view_as_complex "
-    "view_as_real"
+    "view reshape flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims permute "
+    "movedim T mT t expand broadcast_to repeat repeat_interleave tile contiguous clone split "
+    "chunk tensor_split unbind narrow select slice getitem setitem index_select gather "
+    "take_along_dim index_add index_copy scatter scatter_add copy masked_select masked_fill "
+    "masked_scatter where cat concat concatenate stack hstack vstack embedding flip roll pad tril "
+    "triu diagonal unfold dropout sum mean cumsum neg positive view_as_complex view_as_real"
 )
 _CONSTANT = "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"
 _COEFFICIENT = (
-    "rsqrt sqrt reciprocal exp exp2 expm1 log log1p log2 softmax log_softmax sigmoid "
-    "logsigmoid log_sigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin "
-    "maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod "
-    "prod rdiv rtruediv threshold erf eq ne lt le gt ge isnan isinf isfinite logical_and "
-    "logical_or logical_not bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor "
-    "any all normalize detach data"
+    "rsqrt sqrt reciprocal exp exp2 expm1 log log1p log2 softmax log_softmax sigmoid logsigmoid "
+    "log_sigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin maximum "
+    "minimum cos sin topk sort argsort argmax argmin argtopk cumprod prod rdiv rtruediv threshold "
+    "erf eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not bitwise_and "
+    "bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor any all "
+    "normalize detach data"
 )
 _DECISION = "item tolist bool int index nonzero_static contains"
 _ELEMENTWISE = frozenset(
@@ -499,6 +520,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("div truediv divide".split(), quotient),
     **dict.fromkeys("matmul bmm mm mv".split(), matrix_product),
     **dict.fromkeys("linear conv1d".split(), affine),
+    **dict.fromkeys("view_as reshape_as expand_as".split(), shaped),
     "einsum": einsum,
     "iter": iteration,
     **dict.fromkeys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ TEXT = "the Soviet Union and the"
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """Runs the command line in this process; returns exit code, output and errors."""
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # nothing must outlive a test
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["elm-lanczos", *map(str, arguments)])

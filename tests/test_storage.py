@@ -454,7 +454,7 @@ def test_memory_is_that_of_one_layer(
     layer = sum(s.shape.numel() for s in slots(hf.model.layers[0], buffers=False))
     layer *= compute_dtype.itemsize
     stored = {k: v / layer for k, v in peaks.items()}
-    print(stored, live.now)
-    assert stored[False] < 2
+    # measured 0.8; NF4 adds its dequantized bf16 weights, half a layer of float32
+    assert stored[False] < (1.6 if way == "nf4" else 1.1)
     assert stored[True] > 4  # kept maps hold v, o, up and down: 0.7 of a layer, six times
-    assert stored["predict"] < 2
+    assert stored["predict"] < 1.6

@@ -1,0 +1,560 @@
+"""Is an architecture exact? The certificate of a tiny random instance, for every model type.
+
+A report says one of five things: *exact* (every figure is within its bound and the model was left
+as it was), *refused* (by `UnsupportedModelError`, naming the module), *not built* (transformers
+cannot construct it, or run it on plain input ids on this machine), and the two that must never
+happen: *WRONG* and *CRASH*.
+
+Beside the certificate, the frozen map `F` is tested for being affine without any Jacobian:
+`F(αz₁ + (1−α)z₂) = αF(z₁) + (1−α)F(z₂)` for random `z₁, z₂`; and where it is wrong, `first_break`
+names the module where the figures change.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import multiprocessing
+import resource
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from elm_lanczos.architectures import (
+    PROMPT,
+    causal_architectures,
+    logits_of,
+    tiny_config,
+    tiny_model,
+)
+from elm_lanczos.errors import ModelError, UnsupportedModelError
+from elm_lanczos.freezing import Kind, flatten, mark_of
+from elm_lanczos.model import DetachedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from elm_lanczos.linearization import Linearization
+
+BOUNDS: dict[torch.dtype, dict[str, float]] = {
+    torch.float64: {
+        "reconstruction": 1e-12,
+        "leak": 1e-12,
+        "adjoint": 1e-10,
+        "affinity": 1e-10,
+        "fidelity": 1e-5,  # many models compute norms or softmax in float32 whatever their dtype
+    },
+    torch.float32: dict.fromkeys(
+        ("reconstruction", "leak", "adjoint", "affinity", "fidelity"), 1e-5
+    ),
+}
+"""The largest value of each figure that counts as exact, by the dtype computed in."""
+
+_MIX = 0.3  # α of the test that F is affine
+
+
+class Verdict(enum.StrEnum):
+    """What a check came to."""
+
+    EXACT = "exact"
+    REFUSED = "refused"
+    NOT_BUILT = "not built"
+    WRONG = "WRONG"
+    CRASH = "CRASH"
+
+
+@dataclass(frozen=True)
+class FamilyReport:
+    """What the check of one model came to. Figures are None where it did not get so far.
+
+    Attributes:
+        architecture: the model type.
+        verdict: one of five.
+        reason: why, in one line; empty for an exact model.
+        dtype: what everything was computed in.
+        fidelity: frozen forward pass against the untouched model (see `Certificate`).
+        reconstruction: ‖y − (Jx + c)‖ / ‖y‖.
+        leak: ‖F(0)‖ / ‖y‖ with every additive constant removed.
+        adjoint: disagreement of Jv and Jᵀu.
+        affinity: ‖F(αz₁ + (1−α)z₂) − αF(z₁) − (1−α)F(z₂)‖ / ‖F(αz₁ + (1−α)z₂)‖.
+        bias: ‖c‖ / ‖y‖, the share of the output that comes from constants.
+        untouched: whether the model was left as it was, bit for bit.
+        segments: links of the chain; 1 if the decoder was taken as a whole.
+        seconds: time the check took.
+    """
+
+    architecture: str
+    verdict: Verdict
+    reason: str = ""
+    dtype: str = ""
+    fidelity: float | None = None
+    reconstruction: float | None = None
+    leak: float | None = None
+    adjoint: float | None = None
+    affinity: float | None = None
+    bias: float | None = None
+    untouched: bool | None = None
+    segments: int | None = None
+    seconds: float = 0.0
+
+
+# ------------------------------------------------------------------------------ one model
+
+
+def check_model(
+    model: DetachedModel, ids: Tensor, *, architecture: str | None = None, seed: int = 0
+) -> FamilyReport:
+    """Checks that a model's linear system is exact and that the model is left as it was.
+
+    Args:
+        model: the model, with any weights.
+        ids: (T,), the prompt.
+        architecture: what to call it; its model type if not given.
+        seed: of the random vectors.
+
+    Returns:
+        The report; nothing is raised.
+    """
+    name = architecture or model.hf_model.config.model_type
+    return _examined(model.hf_model, ids, lambda: model, name, model.compute_dtype, seed)
+
+
+def check_architecture(
+    architecture: str | PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    seed: int = 0,
+) -> FamilyReport:
+    """Checks a tiny random instance of an architecture.
+
+    Args:
+        architecture: a model type, or a configuration of any size.
+        dtype: of the weights and the computation. A model whose own code does not run in float64
+            is checked in float32.
+        device: where to check it.
+        seed: of weights and random vectors.
+
+    Returns:
+        The report; nothing is raised for what transformers or the model does.
+    """
+    started = time.perf_counter()
+    name = architecture if isinstance(architecture, str) else architecture.model_type
+    try:
+        hf_model = _random_instance(architecture, dtype, seed)
+    except ModelError as error:
+        seconds = time.perf_counter() - started
+        return FamilyReport(name, Verdict.NOT_BUILT, str(error), seconds=seconds)
+    hf_model = hf_model.to(device)
+    ids = torch.tensor(PROMPT, device=device)
+    report = _examined(hf_model, ids, lambda: DetachedModel(hf_model), name, hf_model.dtype, seed)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def _random_instance(
+    architecture: str | PreTrainedConfig, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    config = tiny_config(architecture)
+    try:
+        return tiny_model(config, dtype, seed)
+    except ModelError:
+        if dtype != torch.float64:
+            raise
+        return tiny_model(config, torch.float32, seed)
+
+
+def _examined(
+    hf_model: PreTrainedModel,
+    ids: Tensor,
+    detached: Callable[[], DetachedModel],
+    name: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> FamilyReport:
+    started = time.perf_counter()
+    before = _state(hf_model, ids)
+    figures: dict[str, Any] = {}
+    try:
+        model = detached()
+        lin = model.linearize(ids)
+        figures = _figures(lin, seed)
+        misses = [k for k, bound in BOUNDS[dtype].items() if not figures[k] <= bound]
+        verdict = Verdict.WRONG if misses else Verdict.EXACT
+        reason = f"{', '.join(misses)} beyond the bound" if misses else ""
+        if misses and (where := first_break(model, ids)):
+            reason += f"; first at {where}"
+    except UnsupportedModelError as error:
+        verdict, reason = Verdict.REFUSED, str(error)
+    except Exception as error:  # anything else is a defect, whatever it is
+        verdict, reason = Verdict.CRASH, _innermost(error)
+    touched = [k for k, same in _same(before, _state(hf_model, ids)) if not same]
+    if touched:
+        verdict = Verdict.WRONG
+        reason = f"the model was changed: {', '.join(touched)}" + (f"; {reason}" if reason else "")
+    return FamilyReport(
+        name,
+        verdict,
+        " ".join(reason.split()),
+        str(dtype).removeprefix("torch."),
+        **figures,
+        untouched=not touched,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _figures(lin: Linearization, seed: int) -> dict[str, Any]:
+    certificate = lin.certificate(seed)
+    z1, z2 = _random_inputs(lin, seed)
+    mixed = lin(_MIX * z1 + (1 - _MIX) * z2)
+    expected = _MIX * lin(z1) + (1 - _MIX) * lin(z2)
+    return {
+        "fidelity": certificate.fidelity,
+        "reconstruction": certificate.reconstruction,
+        "leak": certificate.leak,
+        "adjoint": certificate.adjoint,
+        "affinity": _distance(mixed, expected),
+        "bias": float(lin.constant.norm() / lin.output.norm()),
+        "segments": len(lin.segments),
+    }
+
+
+def _random_inputs(lin: Linearization, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random inputs (T, d) of the size of the prompt's embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(2, *lin.inputs.shape, generator=generator, dtype=torch.float64)
+    z1, z2 = z.to(lin.inputs) * lin.inputs.square().mean().sqrt()
+    return z1, z2
+
+
+def _distance(value: Tensor, expected: Tensor) -> float:
+    scale = float(value.double().norm())
+    difference = float((value.double() - expected.double().to(value.device)).norm())
+    return difference / scale if scale else difference
+
+
+def _innermost(error: Exception) -> str:
+    """Returns an error in one line, with where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    file = frame.filename.rsplit("/", 1)[-1]
+    return f"{type(error).__name__}: {str(error)[:200]} ({file}:{frame.lineno}: {frame.line})"
+
+
+# ------------------------------------------------------------------- left as it was
+
+
+def _state(hf_model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Everything about a model that must be the same afterwards."""
+    modules = dict(hf_model.named_modules())
+    configs = {id(c): c for m in modules.values() if (c := getattr(m, "config", None)) is not None}
+    kept = [*hf_model.state_dict().items(), *hf_model.named_buffers()]
+    return {
+        "classes": {name: type(module) for name, module in modules.items()},
+        "training flags": {name: module.training for name, module in modules.items()},
+        "hooks": {name: _hooks(module) for name, module in modules.items()},
+        "methods": {n: {"forward"} & vars(module).keys() for n, module in modules.items()},
+        "configurations": {i: repr(vars(config)) for i, config in configs.items()},
+        "gradients": [(p.requires_grad, p.grad is None) for p in hf_model.parameters()],
+        "weights": {name: tensor.detach().clone() for name, tensor in kept},
+        "logits": {"": logits_of(hf_model, ids)},
+    }
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    return [len(v) for k, v in vars(module).items() if k.endswith("_hooks")]
+
+
+def _same(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    for name in before:
+        if name in {"weights", "logits"}:
+            same = before[name].keys() == after[name].keys() and all(
+                _identical(tensor, after[name][key]) for key, tensor in before[name].items()
+            )
+        else:
+            same = before[name] == after[name]
+        yield name, same
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+# -------------------------------------------------------------------------- where it breaks
+
+
+@dataclass(frozen=True)
+class Break:
+    """The first place in a forward pass where a figure leaves its bound.
+
+    Attributes:
+        figure: `fidelity`, `leak` or `affinity`.
+        module: the module, and whether its input or its output is meant.
+        before: the largest figure up to there.
+        after: the figure there.
+    """
+
+    figure: str
+    module: str
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        """Returns it in one line."""
+        return f"{self.module} ({self.figure} {self.before:.1e} before, {self.after:.1e} after)"
+
+
+_Events = list[tuple[str, Tensor]]
+"""What went into and came out of modules, in order: (module and side, value)."""
+
+
+def first_break(model: DetachedModel, ids: Tensor, *, seed: int = 0) -> Break | None:
+    """Finds the module where the frozen model departs from the model, leaks, or stops being affine.
+
+    The frozen forward pass is compared with the untouched one module by module. If they agree, the
+    map is replayed without its constants at zero, where everything must be zero, and then at two
+    random inputs and at their mixture.
+
+    Args:
+        model: the model.
+        ids: (T,), the prompt.
+        seed: of the random inputs.
+
+    Returns:
+        The first break, or None if there is none at the modules' borders.
+    """
+    with _recorded(model, linear_only=False) as own:
+        model.predict(ids)
+    with _recorded(model, linear_only=True) as frozen:
+        lin = model.linearize(ids)
+    z1, z2 = _random_inputs(lin, seed)
+
+    def replayed(z: Tensor, **options: Any) -> _Events:
+        with _recorded(model, linear_only=True) as events:
+            lin(z, **options)
+        return events
+
+    def departures() -> Iterator[tuple[str, float]]:
+        for name, value, other in _matched(frozen, own):
+            yield name, _distance(value, other)
+
+    def leaks() -> Iterator[tuple[str, float]]:
+        at_zero = replayed(torch.zeros_like(z1), without_constants=True)
+        for (name, zero), (_, value) in zip(
+            at_zero, replayed(z1, without_constants=True), strict=False
+        ):
+            if not torch.equal(zero, value):  # equal ones are of the recording at the prompt
+                yield name, float(zero.norm() / value.norm())
+
+    def bends() -> Iterator[tuple[str, float]]:
+        runs = (replayed(z) for z in (z1, z2, _MIX * z1 + (1 - _MIX) * z2))
+        for (name, first), (_, second), (_, mixed) in zip(*runs, strict=False):
+            if first.shape == second.shape == mixed.shape:
+                yield name, _distance(mixed, _MIX * first + (1 - _MIX) * second)
+
+    searches = {"fidelity": departures, "leak": leaks, "affinity": bends}
+    bounds = BOUNDS[model.compute_dtype]
+    places = (
+        _first_beyond(figure, search(), bounds[figure]) for figure, search in searches.items()
+    )
+    return next((place for place in places if place is not None), None)
+
+
+@contextmanager
+def _recorded(model: DetachedModel, *, linear_only: bool) -> Iterator[_Events]:
+    """Records the first tensor that goes into and comes out of every module of the decoder."""
+    events: _Events = []
+
+    def note(name: str, values: Any) -> None:
+        tensor = next((v for v in flatten(values) if isinstance(v, Tensor)), None)
+        if tensor is None or not tensor.is_floating_point():
+            return
+        mark = mark_of(tensor)
+        if not linear_only or (mark is not None and mark.kind == Kind.LINEAR):
+            events.append((name, tensor.detach().clone()))
+
+    handles = []
+    for path, module in model.decoder.named_modules():
+        name = f"{path or 'the decoder'} ({type(module).__name__})"
+        handles += [
+            module.register_forward_pre_hook(
+                lambda _m, args, kwargs, n=name: note(f"the input of {n}", (args, kwargs)),
+                with_kwargs=True,
+            ),
+            module.register_forward_hook(lambda _m, _a, out, n=name: note(n, out)),
+        ]
+    try:
+        yield events
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _matched(frozen: _Events, own: _Events) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Pairs the n-th event of a name in one run with the n-th of that name in the other."""
+    theirs: dict[tuple[str, int], Tensor] = {}
+    counts: Counter[str] = Counter()
+    for name, tensor in own:
+        theirs[name, counts[name]] = tensor
+        counts[name] += 1
+    counts.clear()
+    for name, tensor in frozen:
+        other = theirs.get((name, counts[name]))
+        counts[name] += 1
+        if other is not None and other.shape == tensor.shape:
+            yield name, tensor, other
+
+
+def _first_beyond(figure: str, found: Iterable[tuple[str, float]], bound: float) -> Break | None:
+    largest = 0.0
+    for name, value in found:
+        if not value <= bound:
+            return Break(figure, name, largest, value)
+        largest = max(largest, value)
+    return None
+
+
+# ------------------------------------------------------------------------- all of them
+
+
+def check_all(
+    progress: Callable[[FamilyReport], None] | None = None,
+    *,
+    architectures: Iterable[str] | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    jobs: int = 1,
+    timeout: float = 600.0,
+    memory: int | None = 16 * 2**30,
+) -> list[FamilyReport]:
+    """Checks every architecture, each in a process of its own.
+
+    Args:
+        progress: called with each report as it is there.
+        architectures: model types; all causal ones if not given.
+        dtype: see `check_architecture`.
+        device: see `check_architecture`.
+        jobs: how many are checked at once.
+        timeout: seconds after which one is given up as a CRASH.
+        memory: bytes of address space one may use (CPU only); None for no limit.
+
+    Returns:
+        The reports in the order of `architectures`.
+    """
+    names = causal_architectures() if architectures is None else list(architectures)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.modeling_utils", "elm_lanczos.linearization"])
+    threads = max(1, torch.get_num_threads() // jobs)
+
+    def check(name: str) -> FamilyReport:
+        started = time.perf_counter()
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (sender, name, dtype, device, threads, memory if device == "cpu" else None)
+        process = context.Process(target=_check_in_child, args=arguments, daemon=True)
+        process.start()
+        sender.close()
+        try:
+            if receiver.poll(timeout):
+                report: FamilyReport = receiver.recv()
+            else:
+                report = FamilyReport(name, Verdict.CRASH, f"no answer in {timeout:.0f} s")
+        except EOFError:
+            process.join()
+            reason = f"its process ended with exit code {process.exitcode}"
+            report = FamilyReport(name, Verdict.CRASH, reason)
+        process.kill()
+        process.join()
+        if progress is not None:
+            progress(report)
+        return replace(report, seconds=time.perf_counter() - started)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(check, names))
+
+
+def _check_in_child(
+    sender: Connection,
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    threads: int,
+    memory: int | None,
+) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    sender.send(check_architecture(name, dtype=dtype, device=device))
+
+
+# --------------------------------------------------------------------------- the table
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a sweep's result depends on."""
+    import transformers
+
+    import elm_lanczos
+
+    return {
+        "elm_lanczos": elm_lanczos.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def families_table(reports: Iterable[FamilyReport]) -> str:
+    """Renders reports as Markdown: counts, the figures of what was computed, and the reasons.
+
+    Args:
+        reports: of one sweep.
+
+    Returns:
+        Markdown without a heading.
+    """
+    reports = sorted(
+        reports, key=lambda report: (_ORDER.index(report.verdict), report.architecture)
+    )
+    counts = Counter(report.verdict for report in reports)
+    built = len(reports) - counts[Verdict.NOT_BUILT]
+    share = f" ({100 * counts[Verdict.EXACT] / built:.1f} % of the {built} built)" if built else ""
+    summary = ", ".join(f"{counts[v]} {v}" + share * (v == Verdict.EXACT) for v in _ORDER)
+    lines = [f"{summary}.", ""]
+    computed = [r for r in reports if r.reconstruction is not None]
+    if computed:
+        lines += [
+            "| architecture | verdict | reconstruction | leak | adjoint | affinity | fidelity "
+            "| bias | segments | dtype |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+        ]
+        for r in computed:
+            figures = (r.reconstruction, r.leak, r.adjoint, r.affinity, r.fidelity)
+            cells = [f"`{r.architecture}`", str(r.verdict), *map(_figure, figures)]
+            cells += [f"{r.bias:.2f}" if r.bias else "0", str(r.segments), r.dtype]
+            lines.append(f"| {' | '.join(cells)} |")
+    explained = [r for r in reports if r.reason]
+    if explained:
+        lines += ["", "| architecture | verdict | reason |", "|---|---|---|"]
+        lines += [
+            f"| `{r.architecture}` | {r.verdict} | {r.reason.replace('|', chr(92) + '|')} |"
+            for r in explained
+        ]
+    return "\n".join(lines) + "\n"
+
+
+_ORDER = (Verdict.EXACT, Verdict.REFUSED, Verdict.NOT_BUILT, Verdict.WRONG, Verdict.CRASH)
+
+
+def _figure(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "–" if value is None else "NaN"
+    return f"{value:.0e}" if value else "0"
