@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elm_lanczos.errors import UnsupportedModelError
+
 
 class _FrozenProduct(torch.autograd.Function):
     """`P @ V` for a fixed `P`: linear in V, and one matrix product for a whole block of vectors.
@@ -111,6 +113,15 @@ IMPLEMENTATION = "elm_lanczos_frozen"
 """The name under which transformers' attention registries know this module's attention."""
 
 
+_IGNORED = {
+    "position_ids",
+    "position_embeddings",
+    "cache_position",
+    "sliding_window",  # in the mask already
+}
+"""Tensors that models pass to any attention function and that none of transformers' own uses."""
+
+
 def _registered_attention(
     module: nn.Module,
     query: Tensor,
@@ -120,9 +131,48 @@ def _registered_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, with all that changes the scores.
+
+    Args:
+        module: the attention module.
+        query: (batch, heads, T, head_dim).
+        key: (batch, kv_heads, S, head_dim).
+        value: (batch, kv_heads, S, value_dim).
+        attention_mask: (batch, 1 | heads, T, S), additive.
+        scaling: factor of the scores.
+        softcap: cap of the scores.
+        s_aux: (heads,), logits of attention sinks.
+        position_bias: added to the scores.
+        indices: (batch, T, selected), the only keys a sparse attention looks at.
+        **others: what does not change the result.
+
+    Returns:
+        (batch, T, heads, value_dim), and no attention weights.
+
+    Raises:
+        UnsupportedModelError: if a tensor is given whose meaning is not known.
+    """
+    for name, other in others.items():
+        if isinstance(other, Tensor) and name not in _IGNORED:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: its attention takes {name!r}, for which there is no rule"
+            )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if indices is not None:
+        unseen = torch.ones(
+            (*indices.shape[:2], key.shape[2]), dtype=torch.bool, device=key.device
+        ).scatter(-1, indices.long(), False)
+        lowest = torch.finfo(query.dtype).min
+        scores = torch.zeros((), dtype=query.dtype, device=key.device)
+        start = scores if attention_mask is None else attention_mask
+        attention_mask = start.masked_fill(unseen[:, None], lowest)
+    if position_bias is not None:
+        bias = position_bias.detach()
+        attention_mask = bias if attention_mask is None else attention_mask + bias
     out = attention(query, key, value, attention_mask, scaling, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
