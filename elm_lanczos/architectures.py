@@ -49,7 +49,11 @@ ROLES: tuple[tuple[str, str, int | None], ...] = (
     ("special token", r"(token|bos|eos|pad)_(id|index)$", None),
     ("depth", r"^(num_(hidden_)?layers|n_layers?|(num_)?(en|de)coder_layers|num_blocks)$", None),
     ("depth", r"_layers_per_stack$", None),
-    ("kept", r"label|_(ids|idxs|idx|index)$|_layers$|layer_types|seed|kernel|d_conv|conv1d", None),
+    (
+        "kept",
+        r"label|_(ids|idxs|idx|index)$|_layers$|layer_types|seed|kernel|conv1d|inference",
+        None,
+    ),
     ("vocabulary", r"vocab|codebook_size|n_langs", VOCABULARY),
     ("positions", r"max_.*(position|length)|max_seq|n_positions|n_ctx|context_length", POSITIONS),
     ("window", r"window|chunk|block_size|local_attention|compress_r|budget|index_topk|n_floor", 4),
@@ -93,13 +97,17 @@ COMPLETIONS: dict[str, Plain] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
-    "reformer": {"axial_pos_embds_dim": (128, 128)},  # halves that can be shrunk alike
+    "reformer": {"axial_pos_embds_dim": (128, 128), "hash_seed": 0},  # reproducible
     "xmod": {"default_language": "en_XX"},
 }
 FIXED: dict[str, Plain] = {
     # model type → tiny sizes that its configuration says nothing about
     "dots3_note_text": {"head_dim": 2 * HEAD_DIM},  # the sum of two dimensions of *some* layers
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # states are multiples of 64 wide
+    "xlstm": {
+        "hidden_size": 128,  # its states are multiples of 64 wide
+        "embedding_dim": 128,
+        "autocast_kernel_dtype": "float32",  # its bfloat16 would be the error of the reference
+    },
 }
 
 
@@ -354,19 +362,18 @@ def _shallow(kind: type[PreTrainedConfig], plain: Plain) -> PreTrainedConfig:
 
 
 def _choices(values: Plain, depth: int) -> Iterator[list[int]]:
-    """Yields layers to keep: one of each kind that the configuration tells apart, then prefixes."""
-    kinds: dict[str, int] = {}
+    """Yields layers to keep: one or two of each kind the configuration tells apart; prefixes."""
+    kinds: dict[str, list[int]] = {}
     for i in range(depth):
         kind = [
             value[i] if _is_per_layer(value, depth) else i in _members(name, value, depth)
             for name, value in values.items()
         ]
-        kinds.setdefault(repr(kind), i)
-    chosen = set(kinds.values())
-    for i in range(depth):
-        if len(chosen) < _LEAST_LAYERS:
-            chosen.add(i)
-    yield sorted(chosen)
+        kinds.setdefault(repr(kind), []).append(i)
+    for number in (1, 2):
+        chosen = {i for layers in kinds.values() for i in layers[:number]}
+        more = [i for i in range(depth) if i not in chosen]
+        yield sorted([*chosen, *more[: max(0, _LEAST_LAYERS - len(chosen))]])
     for n in range(_LEAST_LAYERS, depth):
         yield list(range(n))
 

@@ -253,6 +253,7 @@ def _innermost(error: Exception) -> str:
 
 def _state(hf_model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     """Everything about a model that must be the same afterwards."""
+    logits = logits_of(hf_model, ids)
     modules = dict(hf_model.named_modules())
     configs = {id(c): c for m in modules.values() if (c := getattr(m, "config", None)) is not None}
     kept = [*hf_model.state_dict().items(), *hf_model.named_buffers()]
@@ -260,11 +261,11 @@ def _state(hf_model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
         "classes": {name: type(module) for name, module in modules.items()},
         "training flags": {name: module.training for name, module in modules.items()},
         "hooks": {name: _hooks(module) for name, module in modules.items()},
-        "methods": {n: {"forward"} & vars(module).keys() for n, module in modules.items()},
+        "attributes": {name: set(vars(module)) for name, module in modules.items()},
         "configurations": {i: repr(vars(config)) for i, config in configs.items()},
         "gradients": [(p.requires_grad, p.grad is None) for p in hf_model.parameters()],
         "weights": {name: tensor.detach().clone() for name, tensor in kept},
-        "logits": {"": logits_of(hf_model, ids)},
+        "logits": {"": logits},
     }
 
 

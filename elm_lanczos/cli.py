@@ -28,6 +28,7 @@ app = typer.Typer(
     name="elm-lanczos",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="See a language model's computation as linear algebra.",
 )

@@ -136,6 +136,11 @@ def _fit(tokens: list[str], room: int) -> str:
     return line
 
 
+def _figures(figures: dict[str, Any], *names: str) -> str:
+    shown = [(name, figures[name]) for name in names if figures.get(name) is not None]
+    return ", ".join(f"{name} {_figure(value)}" for name, value in shown)
+
+
 def _figure(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
@@ -150,9 +155,10 @@ def _certificate(result: PromptResult) -> Text:
     else:
         line.append("NOT EXACT: " + ", ".join(figures["failures"]), style="bold red")
     line.append(f" ({figures['dtype']}): ", style="dim")
-    names = ("reconstruction", "leak", "adjoint", "fidelity", "residual", "orthogonality")
-    shown = [f"{name} {_figure(figures[name])}" for name in names if figures.get(name) is not None]
-    line.append(", ".join(shown))
+    line.append(_figures(figures, "reconstruction", "leak", "adjoint", "affinity", "fidelity"))
+    if figures.get("residual") is not None:
+        line.append("\ntriplets: ", style="dim")
+        line.append(_figures(figures, "residual", "orthogonality"))
     wrong = int((result.status == Status.NOT_CONVERGED).sum())
     if wrong:
         line.append(f"\n! {wrong} tokens not converged to the tolerance", style="bold yellow")
