@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,8 @@ COMPLETIONS: dict[str, Plain] = {
         "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
     "granitemoehybrid": {"layer_types": _MIXED * 8},  # as for bamba
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds_dim": (128, 128), "hash_seed": 0},  # reproducible
@@ -495,18 +497,20 @@ def _build(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrai
 
 
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
-    """Draws the weights anew where they are random, and moves them where they are constants."""
+    """Draws the weights anew where they are random or zero, and moves them where they are set."""
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
     for parameter in model.parameters():
         weight = parameter.data
+        centre = float(weight.double().mean())
         spread = float(weight.double().std()) if weight.numel() > 1 else 0.0
-        if weight.ndim >= 2 and 2 * abs(float(weight.double().mean())) < spread:
+        if weight.ndim >= 2 and (2 * abs(centre) < spread or not weight.any()):
             parameter.data = noise(weight) * (1.5 / weight.shape[-1] ** 0.5)
         elif weight.is_floating_point():
-            parameter.data = weight + 0.3 * noise(weight)
+            shut = centre - math.copysign(1, centre) if abs(centre) > 3 else 0.0
+            parameter.data = weight - shut + 0.3 * noise(weight)  # no gate is shut or open for good
     stored = model.state_dict()
     for name, buffer in model.named_buffers():
         if name in stored and buffer.is_floating_point() and buffer.unique().tolist() in ([0], [1]):

@@ -84,7 +84,7 @@ def attention(
         mask: (batch | 1, heads | 1, T, S), boolean (True attends) or additive, or None.
         scaling: factor of the scores.
         softcap: cap `c` of `c · tanh(scores / c)`.
-        sinks: (heads,), logits of the attention sinks.
+        sinks: (heads,) or (batch, heads, T, 1), logits of the attention sinks.
 
     Returns:
         (batch, heads, T, value_dim).
@@ -100,7 +100,8 @@ def attention(
     elif mask is not None:
         scores = scores + mask
     if sinks is not None:
-        sinks = sinks.reshape(1, -1, 1, 1).expand(batch, -1, T, 1)
+        sinks = sinks.reshape(1, -1, 1, 1) if sinks.ndim == 1 else sinks
+        sinks = sinks.expand(batch, heads, T, 1)
         scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
         P = torch.softmax(scores, dim=-1)[..., :-1]
     else:
@@ -131,6 +132,7 @@ def _registered_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
     **others: Any,
@@ -146,6 +148,7 @@ def _registered_attention(
         scaling: factor of the scores.
         softcap: cap of the scores.
         s_aux: (heads,), logits of attention sinks.
+        sinks: (batch, heads, T, 1), the same where each query has its own.
         position_bias: added to the scores.
         indices: (batch, T, selected), the only keys a sparse attention looks at.
         **others: what does not change the result.
@@ -173,7 +176,9 @@ def _registered_attention(
     if position_bias is not None:
         bias = position_bias.detach()
         attention_mask = bias if attention_mask is None else attention_mask + bias
-    out = attention(query, key, value, attention_mask, scaling, softcap, s_aux)
+    out = attention(
+        query, key, value, attention_mask, scaling, softcap, sinks if s_aux is None else s_aux
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Kind, flatten, linear, mark_of, rebuild
-from elm_lanczos.model import DetachedModel, last_hidden_state
+from elm_lanczos.model import DetachedModel
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,13 @@ class _Reached(Exception):
         self.value = value
 
 
-def trace(model: DetachedModel, inputs: Tensor, position: int, mode: Freezing) -> Trace:
+def trace(
+    model: DetachedModel,
+    inputs: Tensor,
+    position: int,
+    mode: Freezing,
+    ids: Tensor | None = None,
+) -> Trace:
     """Runs the frozen decoder once and takes it apart.
 
     Args:
@@ -83,6 +89,7 @@ def trace(model: DetachedModel, inputs: Tensor, position: int, mode: Freezing) -
         inputs: (T, d) input embeddings.
         position: the output position p.
         mode: the freezing to run it under.
+        ids: (T,), the tokens the embeddings stand for, for models that use them otherwise too.
 
     Returns:
         The segments and the final hidden states.
@@ -117,18 +124,20 @@ def trace(model: DetachedModel, inputs: Tensor, position: int, mode: Freezing) -
     try:
         with torch.no_grad(), model.frozen(), mode:
             x = linear(inputs[None])
-            output = last_hidden_state(decoder(inputs_embeds=x, use_cache=False))
+            output = model.hidden_states(x, ids)
     except _TORCH_ERRORS as error:
-        model.predict(inputs)  # if the model itself fails, that is the error to show
+        # if the model itself fails, that is the error to show
+        model.predict(inputs if ids is None else ids)
         raise UnsupportedModelError(f"{mode.module}: {first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
     _require_linear(output, "the decoder's output")
+    start = Segment("prelude", _prelude(model, ids), inputs[None], (decoder,))
     try:
-        return Trace(_chain(model, x, layers, others, output, position, names), output)
+        return Trace(_chain(model, start, x, layers, others, output, position, names), output)
     except _NotAChain as reason:
-        return Trace((_whole(decoder, x, position),), output, str(reason))
+        return Trace((_whole(model, inputs, position, ids),), output, str(reason))
 
 
 _TORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
@@ -142,6 +151,7 @@ def first_line(error: Exception) -> str:
 
 def _chain(
     model: DetachedModel,
+    start: Segment,
     x: Tensor,
     layers: list[_Call],
     others: list[_Call],
@@ -160,8 +170,8 @@ def _chain(
         if len(streams) != 1:
             raise _NotAChain(f"{name} takes more than the residual stream from earlier layers")
         (before,) = streams.values()
-        if before is not stream and not segments:
-            segments.append(Segment("prelude", _prelude(model), x.detach(), (model.decoder,)))
+        if not segments and (before is not x or not torch.equal(x, start.input)):
+            segments.append(start)
         elif before is not stream and not _same_values(before, stream):
             raise _NotAChain(f"{name} is not given what the layer before it returns")
         stream = _first_tensor(call.output)
@@ -188,13 +198,15 @@ def _final(
     ]
     if not norms and not _same_values(stream, output):
         raise _NotAChain("its output is not the final norm of the last layer's output")
+    if stream.shape[:2] != output.shape[:2]:
+        raise _NotAChain("its residual stream has another layout than its output")
     norm = norms[-1] if norms else nn.Identity()
     return Segment(
         names.get(norm, "output"), lambda h: norm(h[:, p : p + 1]), stream.detach(), (norm,)
     )
 
 
-def _prelude(model: DetachedModel) -> Callable[[Tensor], Tensor]:
+def _prelude(model: DetachedModel, ids: Tensor | None) -> Callable[[Tensor], Tensor]:
     """What the decoder does to the embeddings before its first layer."""
 
     def run(z: Tensor) -> Tensor:
@@ -203,7 +215,7 @@ def _prelude(model: DetachedModel) -> Callable[[Tensor], Tensor]:
 
         hook = model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            model.decoder(inputs_embeds=z, use_cache=False)
+            model.hidden_states(z, ids)
         except _Reached as reached:
             return reached.value
         finally:
@@ -213,12 +225,11 @@ def _prelude(model: DetachedModel) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _whole(decoder: nn.Module, x: Tensor, p: int) -> Segment:
+def _whole(model: DetachedModel, inputs: Tensor, p: int, ids: Tensor | None) -> Segment:
     def run(z: Tensor) -> Tensor:
-        output = last_hidden_state(decoder(inputs_embeds=z, use_cache=False))
-        return output[:, p : p + 1]
+        return model.hidden_states(z, ids)[:, p : p + 1]
 
-    return Segment("decoder", run, x.detach(), (decoder,))
+    return Segment("decoder", run, inputs[None], (model.decoder,))
 
 
 def _of_stream(call: _Call, stream: Tensor) -> Callable[[Tensor], Tensor]:

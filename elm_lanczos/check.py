@@ -6,8 +6,10 @@ cannot construct it, or run it on plain input ids on this machine), and the two 
 happen: *WRONG* and *CRASH*.
 
 Beside the certificate, the frozen map `F` is tested for being affine without any Jacobian:
-`F(αz₁ + (1−α)z₂) = αF(z₁) + (1−α)F(z₂)` for random `z₁, z₂`; and where it is wrong, `first_break`
-names the module where the figures change.
+`F(αz₁ + (1−α)z₂) = αF(z₁) + (1−α)F(z₂)` for random `z₁, z₂`. None of these figures tells which
+factor of a product was frozen, so queries, keys, gates and routers are also moved under replay:
+they are coefficients, and `F` must not notice. Where something is wrong, `first_break` names the
+module where the figures change.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import enum
 import math
 import multiprocessing
+import re
 import resource
 import time
 import traceback
@@ -37,7 +40,7 @@ from elm_lanczos.architectures import (
     tiny_model,
 )
 from elm_lanczos.errors import ModelError, UnsupportedModelError
-from elm_lanczos.freezing import Kind, flatten, mark_of
+from elm_lanczos.freezing import Kind, active_mode, flatten, kind_of
 from elm_lanczos.model import DetachedModel
 
 if TYPE_CHECKING:
@@ -51,15 +54,22 @@ BOUNDS: dict[torch.dtype, dict[str, float]] = {
         "leak": 1e-12,
         "adjoint": 1e-10,
         "affinity": 1e-10,
+        "bypass": 1e-12,
         "fidelity": 1e-5,  # many models compute norms or softmax in float32 whatever their dtype
     },
     torch.float32: dict.fromkeys(
-        ("reconstruction", "leak", "adjoint", "affinity", "fidelity"), 1e-5
+        ("reconstruction", "leak", "adjoint", "affinity", "bypass", "fidelity"), 1e-5
     ),
 }
 """The largest value of each figure that counts as exact, by the dtype computed in."""
 
 _MIX = 0.3  # α of the test that F is affine
+_COEFFICIENTS = re.compile(
+    r"^(?!.*(value|kv|_v_|feed_forward\.key))"  # nor a fused projection that holds the values too
+    r".*((^|[._])(q|k|query|key)([._]|$)|(^|[._])(q|k|query|key)_\w*(proj|lin)$"
+    r"|(gate|gate_proj|gate_preact|router)$)"
+)
+"""Names of modules that compute what is frozen: queries, keys, gates, routers."""
 
 
 class Verdict(enum.StrEnum):
@@ -86,6 +96,7 @@ class FamilyReport:
         leak: ‖F(0)‖ / ‖y‖ with every additive constant removed.
         adjoint: disagreement of Jv and Jᵀu.
         affinity: ‖F(αz₁ + (1−α)z₂) − αF(z₁) − (1−α)F(z₂)‖ / ‖F(αz₁ + (1−α)z₂)‖.
+        bypass: relative change of F when queries, keys, gates and routers are moved under replay.
         bias: ‖c‖ / ‖y‖, the share of the output that comes from constants.
         untouched: whether the model was left as it was, bit for bit.
         segments: links of the chain; 1 if the decoder was taken as a whole.
@@ -101,6 +112,7 @@ class FamilyReport:
     leak: float | None = None
     adjoint: float | None = None
     affinity: float | None = None
+    bypass: float | None = None
     bias: float | None = None
     untouched: bool | None = None
     segments: int | None = None
@@ -188,10 +200,13 @@ def _examined(
         lin = model.linearize(ids)
         figures = _figures(lin, seed)
         misses = [k for k, bound in BOUNDS[dtype].items() if not figures[k] <= bound]
-        verdict = Verdict.WRONG if misses else Verdict.EXACT
-        reason = f"{', '.join(misses)} beyond the bound" if misses else ""
-        if misses and (where := first_break(model, ids)):
-            reason += f"; first at {where}"
+        verdict, reason = Verdict.EXACT, ""
+        if misses == ["fidelity"] and (own := _rounding(lin)) is not None:
+            reason = f"the fidelity is the model's own rounding: {own:.0e} with its casts raised"
+        elif misses:
+            verdict, reason = Verdict.WRONG, f"{', '.join(misses)} beyond the bound"
+            if where := first_break(model, ids):
+                reason += f"; first at {where}"
     except UnsupportedModelError as error:
         verdict, reason = Verdict.REFUSED, str(error)
     except Exception as error:  # anything else is a defect, whatever it is
@@ -222,9 +237,17 @@ def _figures(lin: Linearization, seed: int) -> dict[str, Any]:
         "leak": certificate.leak,
         "adjoint": certificate.adjoint,
         "affinity": _distance(mixed, expected),
+        "bypass": _bypass(lin, dict(lin.model.decoder.named_modules())),
         "bias": float(lin.constant.norm() / lin.output.norm()),
         "segments": len(lin.segments),
     }
+
+
+def _rounding(lin: Linearization) -> float | None:
+    """Fidelity to the model with its own casts raised, if it is of the order of rounding."""
+    raised = lin.model.predict(lin.given, lin.position, raised=True).hidden
+    distance = _distance(lin.output, raised)
+    return distance if distance <= BOUNDS[lin.output.dtype]["reconstruction"] else None
 
 
 def _random_inputs(lin: Linearization, seed: int) -> tuple[Tensor, Tensor]:
@@ -233,6 +256,33 @@ def _random_inputs(lin: Linearization, seed: int) -> tuple[Tensor, Tensor]:
     z = torch.randn(2, *lin.inputs.shape, generator=generator, dtype=torch.float64)
     z1, z2 = z.to(lin.inputs) * lin.inputs.square().mean().sqrt()
     return z1, z2
+
+
+def _bypass(lin: Linearization, modules: dict[str, nn.Module]) -> float:
+    """Returns the change of F when those of `modules` that compute coefficients are moved."""
+
+    def move(_module: nn.Module, _args: Any, output: Any) -> Any:
+        mode = active_mode()
+        replaying = mode is not None and mode.replay is not None
+        if not replaying or kind_of(output) != Kind.LINEAR:
+            return output
+        return output + torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype).to(
+            output.device
+        )
+
+    up = lin.model.gate == "up"  # then gated MLPs go through their gates
+    coefficients = [
+        module
+        for name, module in modules.items()
+        if _COEFFICIENTS.search(name) and not (up and name.endswith("gate_proj"))
+    ]
+    handles = [module.register_forward_hook(move) for module in coefficients]
+    try:
+        moved = lin(lin.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _distance(moved, lin.output)
 
 
 def _distance(value: Tensor, expected: Tensor) -> float:
@@ -296,7 +346,7 @@ class Break:
     """The first place in a forward pass where a figure leaves its bound.
 
     Attributes:
-        figure: `fidelity`, `leak` or `affinity`.
+        figure: `fidelity`, `leak`, `affinity` or `bypass`.
         module: the module, and whether its input or its output is meant.
         before: the largest figure up to there.
         after: the figure there.
@@ -320,8 +370,8 @@ def first_break(model: DetachedModel, ids: Tensor, *, seed: int = 0) -> Break | 
     """Finds the module where the frozen model departs from the model, leaks, or stops being affine.
 
     The frozen forward pass is compared with the untouched one module by module. If they agree, the
-    map is replayed without its constants at zero, where everything must be zero, and then at two
-    random inputs and at their mixture.
+    map is replayed without its constants at zero, where everything must be zero, at two random
+    inputs and at their mixture, and with one coefficient after the other moved.
 
     Args:
         model: the model.
@@ -360,7 +410,12 @@ def first_break(model: DetachedModel, ids: Tensor, *, seed: int = 0) -> Break | 
             if first.shape == second.shape == mixed.shape:
                 yield name, _distance(mixed, _MIX * first + (1 - _MIX) * second)
 
-    searches = {"fidelity": departures, "leak": leaks, "affinity": bends}
+    def detours() -> Iterator[tuple[str, float]]:
+        for path, module in model.decoder.named_modules():
+            if _COEFFICIENTS.search(path):
+                yield f"{path} ({type(module).__name__})", _bypass(lin, {path: module})
+
+    searches = {"fidelity": departures, "leak": leaks, "affinity": bends, "bypass": detours}
     bounds = BOUNDS[model.compute_dtype]
     places = (
         _first_beyond(figure, search(), bounds[figure]) for figure, search in searches.items()
@@ -377,8 +432,7 @@ def _recorded(model: DetachedModel, *, linear_only: bool) -> Iterator[_Events]:
         tensor = next((v for v in flatten(values) if isinstance(v, Tensor)), None)
         if tensor is None or not tensor.is_floating_point():
             return
-        mark = mark_of(tensor)
-        if not linear_only or (mark is not None and mark.kind == Kind.LINEAR):
+        if not linear_only or kind_of(tensor) == Kind.LINEAR:
             events.append((name, tensor.detach().clone()))
 
     handles = []
@@ -533,12 +587,12 @@ def families_table(reports: Iterable[FamilyReport]) -> str:
     computed = [r for r in reports if r.reconstruction is not None]
     if computed:
         lines += [
-            "| architecture | verdict | reconstruction | leak | adjoint | affinity | fidelity "
-            "| bias | segments | dtype |",
-            "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+            "| architecture | verdict | reconstruction | leak | adjoint | affinity | bypass "
+            "| fidelity | bias | segments | dtype |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
         ]
         for r in computed:
-            figures = (r.reconstruction, r.leak, r.adjoint, r.affinity, r.fidelity)
+            figures = (r.reconstruction, r.leak, r.adjoint, r.affinity, r.bypass, r.fidelity)
             cells = [f"`{r.architecture}`", str(r.verdict), *map(_figure, figures)]
             cells += [f"{r.bias:.2f}" if r.bias else "0", str(r.segments), r.dtype]
             lines.append(f"| {' | '.join(cells)} |")

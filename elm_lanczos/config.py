@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
@@ -13,19 +13,32 @@ from elm_lanczos.errors import UsageError
 
 StoredDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float64", "float32"]
+Gate = Literal["frozen", "up"]
 Method = Literal["auto", "lanczos", "stream", "dense"]
 
 
-class RunConfig(BaseModel):
-    """Everything that decides what `elm-lanczos run` computes and where it goes.
-
-    The fields are the keys of a `--config` file and, with dashes, the options of the command line.
-    """
+class ModelConfig(BaseModel):
+    """Which model, how it is stored and computed, and what loading it may do."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(None, description="Hugging Face id or folder; default: bundled model")
     revision: str | None = Field(None, description="revision of the model on the hub")
+    dtype: StoredDtype = Field("auto", description="dtype the weights are stored in")
+    compute_dtype: ComputeDtype | None = Field(None, description="dtype everything is computed in")
+    gate: Gate = Field("frozen", description="the factor of act(g)·u that is fixed: act(g), or u")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, …")
+    device_map: str | None = Field(None, description="accelerate's placement, for example auto")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    allow_pickle: bool = Field(False, description="load weights that are not safetensors")
+
+
+class RunConfig(ModelConfig):
+    """Everything that decides what `elm-lanczos run` computes and where it goes.
+
+    The fields are the keys of a `--config` file and, with dashes, the options of the command line.
+    """
+
     k: StrictInt = Field(16, ge=1, description="singular triplets per token")
     seq_file: str | None = Field(
         None, description="prompts, one a line, or JSON lines; - for stdin"
@@ -33,18 +46,12 @@ class RunConfig(BaseModel):
     text: str | None = Field(None, description="one prompt")
     generate: StrictInt = Field(0, ge=0, description="greedy tokens to append and solve for")
     out: str | None = Field(None, description="folder of the result store")
-    dtype: StoredDtype = Field("auto", description="dtype the weights are stored in")
-    compute_dtype: ComputeDtype | None = Field(None, description="dtype everything is computed in")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1, …")
-    device_map: str | None = Field(None, description="accelerate's placement, for example auto")
     method: Method = Field("auto", description="how the triplets are computed")
     tol: float | None = Field(None, gt=0, description="residual to reach, relative to σ₁")
     tokens: str = Field("all", description="positions: all, last:8, 0,5,9 or start:stop:step")
     batch: StrictInt | None = Field(None, ge=1, description="vectors per block")
     top: StrictInt = Field(8, ge=1, le=64, description="decoded words per direction")
     seed: StrictInt = Field(0, ge=0, description="seed of every random vector")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    allow_pickle: bool = Field(False, description="load weights that are not safetensors")
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> RunConfig:
@@ -70,8 +77,27 @@ def run_config(file: Path | None, given: dict[str, Any]) -> RunConfig:
     given = {key: value for key, value in given.items() if value is not None}
     if given.keys() & {"text", "seq_file"}:  # one source given replaces the other in the file
         options = {k: v for k, v in options.items() if k not in ("text", "seq_file")}
+    return validated(RunConfig, options | given)
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def validated(kind: type[Config], options: dict[str, Any]) -> Config:
+    """Returns options as a validated record.
+
+    Args:
+        kind: the kind of record.
+        options: by field name.
+
+    Returns:
+        The record.
+
+    Raises:
+        UsageError: if a key is unknown (the nearest is named) or a value cannot be used.
+    """
     try:
-        return RunConfig(**(options | given))
+        return kind(**options)
     except ValidationError as error:
         raise UsageError(_explain(error)) from error
 

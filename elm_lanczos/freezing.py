@@ -56,6 +56,9 @@ class Mark(NamedTuple):
     """For a `NONLINEAR` tensor: the operation (and module) that made it so."""
     root: Tensor | None = None
     """The one `LINEAR` tensor of the same shape that this one is an elementwise function of."""
+    bilinear: bool = False
+    """For a `NONLINEAR` tensor: a product of two `LINEAR` ones and nothing else, as `kᵀ v`. To fix
+    it where it meets a third would choose, for no reason, which of the three to go through."""
 
 
 def mark_of(value: object) -> Mark | None:
@@ -220,6 +223,7 @@ class Freezing(TorchFunctionMode):
         gate: which factor of a gated MLP `act(g) · u` is held fixed: "frozen" fixes `act(g)`, "up"
             fixes `u` and goes through `g` with `act(g)/g` fixed.
         module: name of the module being run, for messages.
+        constants: the lowest precision of what does not depend on the input.
     """
 
     def __init__(
@@ -232,6 +236,7 @@ class Freezing(TorchFunctionMode):
         replay: Tape | None = None,
         without_constants: bool = False,
         module: str = "the model",
+        constants: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
@@ -241,6 +246,9 @@ class Freezing(TorchFunctionMode):
         self.rules = rules
         self.gate = gate
         self.module = module
+        self.constants = constants
+        self.value_part: tuple[int, int] | None = None
+        """Set while a method of `conventions.VALUE_PART` runs: (parts of a split, the value's)."""
 
     def __enter__(self) -> Freezing:
         """Activates the rules for the torch functions that this thread calls."""
@@ -272,6 +280,8 @@ class Freezing(TorchFunctionMode):
         name = function_name(func)
         if name in UNTYPED:
             return func(*args, **kwargs)
+        if name == "set_grad_enabled":  # a model's own no_grad() must not cut the linear path
+            return None
         result = self._apply(name, func, args, kwargs)
         if name in _VIEWS:
             _remember_base(result, args[0])
@@ -284,7 +294,7 @@ class Freezing(TorchFunctionMode):
         marks = marks_of(args, kwargs)
         if not marks:
             of_weights = any(isinstance(leaf, nn.Parameter) for leaf in flatten((args, kwargs)))
-            floor = self.compute_dtype if of_weights else torch.float32
+            floor = self.compute_dtype if of_weights else self.constants
             return self.call(func, args, kwargs, floor)
         rule = self.rules.get(name)
         if rule is not None:

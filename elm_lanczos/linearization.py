@@ -159,7 +159,8 @@ class Linearization:
         self.position = position % inputs.shape[0]
         self._rules = RULES if rules is None else rules
         self.memory = psutil.virtual_memory().available // 2 if memory is None else memory
-        found = trace(model, inputs, self.position, self._freezing(type(model.decoder).__name__))
+        mode = self._freezing(type(model.decoder).__name__)
+        found = trace(model, inputs, self.position, mode, ids)
         self.segments = found.segments
         self.not_a_chain = found.not_a_chain
         self.output = found.output[0, self.position].detach().to(inputs.device)
@@ -318,11 +319,15 @@ class Linearization:
         """(m,), the constant `c = F(0)` that biases leave behind."""
         return self(torch.zeros_like(self.inputs))
 
+    @property
+    def given(self) -> Tensor:
+        """What the prompt was given as: (T,) ids, or (T, d) embeddings."""
+        return self.inputs if self.ids is None else self.ids
+
     @cached_property
     def prediction(self) -> Prediction:
         """What the untouched model computes for the same input at the same position."""
-        given = self.inputs if self.ids is None else self.ids
-        return self.model.predict(given, self.position)
+        return self.model.predict(self.given, self.position)
 
     def readout(self, target: int) -> Readout:
         """What the model makes of `y` to get a token's logit, frozen like the rest.
@@ -341,7 +346,7 @@ class Linearization:
         """
 
         def head(y: Tensor) -> Tensor:
-            logits = self.model.head(y, self.inputs, self.position)
+            logits = self.model.head(y, self.inputs, self.position, self.ids)
             if not is_linear(logits):
                 raise UnsupportedModelError(
                     f"{type(self.model.hf_model).__name__}: its logits are not affine in the final "

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from elm_lanczos.attention import IMPLEMENTATION, register_attention
+from elm_lanczos.conventions import frozen_conventions
 from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError
 from elm_lanczos.freezing import Freezing, precision
-from elm_lanczos.recurrences import frozen_recurrences
 from elm_lanczos.storage import Storage
 
 if TYPE_CHECKING:
@@ -232,12 +232,16 @@ class DetachedModel:
 
     # ---------------------------------------------------------------------- the model itself
 
-    def predict(self, ids_or_embeddings: Tensor, position: int = -1) -> Prediction:
+    def predict(
+        self, ids_or_embeddings: Tensor, position: int = -1, *, raised: bool = False
+    ) -> Prediction:
         """Runs the untouched model, its weights raised to `compute_dtype` layer by layer.
 
         Args:
             ids_or_embeddings: (T,) ids or (T, d) embeddings.
             position: the position whose final hidden state and logits are wanted.
+            raised: also raise what its own code computes in a lower precision than `compute_dtype`,
+                such as norms in float32. The difference is the model's own rounding.
 
         Returns:
             The model's own hidden state and logits at that position.
@@ -251,8 +255,11 @@ class DetachedModel:
         caught: list[Any] = []
         hook = self.decoder.register_forward_hook(lambda _m, _a, output: caught.append(output))
         try:
-            raised = self.storage.plain(raised_to=self.compute_dtype)
-            with torch.no_grad(), evaluating(self.hf_model), raised:
+            weights = self.storage.plain(raised_to=self.compute_dtype)
+            casts: Any = contextlib.nullcontext()
+            if raised:
+                casts = Freezing(self.compute_dtype, {}, constants=self.compute_dtype)
+            with torch.no_grad(), evaluating(self.hf_model), weights, casts:
                 logits = self.hf_model(**options, use_cache=False).logits[0]
         finally:
             hook.remove()
@@ -260,18 +267,59 @@ class DetachedModel:
         hidden = last_hidden_state(caught[-1])[0, position]
         return Prediction(hidden.to(self.compute_dtype), logits[row].to(self.compute_dtype))
 
-    def head(self, y: Tensor, inputs: Tensor, position: int) -> Tensor:
+    def hidden_states(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Runs the decoder with `z` for its token embeddings.
+
+        Where the ids are known the decoder is given them, and its embedding module gives `z`: some
+        models use ids for more than embeddings (per-layer embeddings, routing by token).
+
+        Args:
+            z: (1, T, d), may be traced.
+            ids: (T,), the tokens that `z` stands for.
+
+        Returns:
+            (1, T, m), the hidden states after the final norm.
+
+        Raises:
+            UnsupportedModelError: if the decoder cannot be run on what is given.
+        """
+        parameters = inspect.signature(self.decoder.forward).parameters
+        options = {"use_cache": False} if "use_cache" in parameters else {}
+        if ids is None or "input_ids" not in parameters:
+            if "inputs_embeds" not in parameters:
+                raise UnsupportedModelError(f"{self.name}: its decoder takes no embeddings")
+            return last_hidden_state(self.decoder(inputs_embeds=z, **options))
+        used: list[Tensor] = []
+
+        def give(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            if output.numel() != z.numel() or output.shape[-1] != z.shape[-1] or used:
+                raise UnsupportedModelError(
+                    f"{self.name}: its token embeddings are used more than once, or not as they are"
+                )
+            used.append(z)
+            return z if output.shape == z.shape else z.reshape(output.shape)
+
+        hook = self.embedding.register_forward_hook(give)
+        try:
+            return last_hidden_state(self.decoder(input_ids=ids[None].to(z.device), **options))
+        finally:
+            hook.remove()
+
+    def head(self, y: Tensor, inputs: Tensor, position: int, ids: Tensor | None = None) -> Tensor:
         """What the model makes of a final hidden state: its own code from there to the logits.
 
         Args:
             y: (m,), a final hidden state; may be traced.
             inputs: (T, d), any input embeddings of the length the model was run with.
             position: where `y` stands.
+            ids: (T,), the tokens the embeddings stand for, if any.
 
         Returns:
             (vocabulary,), the logits at that position.
         """
-        options: dict[str, Any] = {"inputs_embeds": inputs[None], "use_cache": False}
+        options: dict[str, Any] = {"use_cache": False, "inputs_embeds": inputs[None]}
+        if ids is not None:
+            options = {"use_cache": False, "input_ids": ids[None].to(inputs.device)}
         if "logits_to_keep" in inspect.signature(self.hf_model.forward).parameters:
             options["logits_to_keep"] = 1
 
@@ -334,7 +382,7 @@ class DetachedModel:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Puts frozen attention and recurrences, and plain experts, in reach of the model's code.
+        """Puts frozen attention, the conventions, and plain experts in reach of the model's code.
 
         What is changed for the time being (names of implementations in configs, evaluation mode) is
         restored afterwards, also after an exception.
@@ -356,8 +404,8 @@ class DetachedModel:
         try:
             for config, name, _ in before:
                 setattr(config, name, wanted[name])
-            recurrences = frozen_recurrences(self.hf_model)
-            with evaluating(self.hf_model), recurrences, self.storage.plain():
+            conventions = frozen_conventions(self.hf_model)
+            with evaluating(self.hf_model), conventions, self.storage.plain():
                 yield
         finally:
             for config, name, value in before:
@@ -418,7 +466,8 @@ def last_hidden_state(output: Any) -> Tensor:
 
 
 def _find_decoder(hf_model: PreTrainedModel) -> nn.Module:
-    """Finds the innermost module that holds the token embeddings and takes `inputs_embeds`."""
+    # it holds the token embeddings and takes `inputs_embeds`; of several, it is what the model
+    # itself calls its decoder, or else the innermost one with layers
     embedding = hf_model.get_input_embeddings()
     found = [
         module
@@ -432,6 +481,9 @@ def _find_decoder(hf_model: PreTrainedModel) -> nn.Module:
             f"{type(hf_model).__name__}: no decoder that takes input embeddings found below it; a "
             "model with its language-modelling head is needed (AutoModelForCausalLM)"
         )
+    own = hf_model.get_decoder()
+    if any(own is module for module in found):
+        return own
     with_layers = [module for module in found if _find_layers(module)]
     return (with_layers or found)[-1]
 

@@ -72,8 +72,23 @@ def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     kind = max(m.kind for m in marks)
     activated = all(m.activated for m in marks) and function_name(func) not in _REDUCTIONS
     origin = next((m.origin for m in marks if m.origin), "")
-    set_mark(target, Mark(kind, activated, origin, _common_root(func, args, kwargs, result)))
+    bilinear = kind == Kind.NONLINEAR and any(m.bilinear for m in marks)
+    root = _common_root(func, args, kwargs, result)
+    set_mark(target, Mark(kind, activated, origin, root, bilinear))
     return result
+
+
+def split(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """Parts of a tensor; of a fused projection only the value's stays linear (`conventions`)."""
+    parts = structural(mode, func, args, kwargs)
+    if mode.value_part is None or kind_of(args[0]) != Kind.LINEAR:
+        return parts
+    count, value = mode.value_part
+    if len(parts) != count:
+        return parts
+    fixed = [mode.freeze(part) if i != value else part for i, part in enumerate(parts)]
+    set_mark(fixed[value], Mark(Kind.LINEAR))
+    return tuple(fixed)
 
 
 _REDUCTIONS = {"sum", "mean", "cumsum"}
@@ -145,7 +160,7 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
             frozen = activated.index(True)
         elif multiplies and args[0] is args[1] and all(activated):  # relu(z)²
             frozen = 1
-    elif Kind.LINEAR in kinds and Kind.NONLINEAR in kinds:
+    elif Kind.LINEAR in kinds and Kind.NONLINEAR in kinds and not _of_three(marks):
         other = args[kinds.index(Kind.NONLINEAR)]
         per_row = multiplies and (other.ndim == 0 or other.shape[-1] == 1)
         gate = activated[kinds.index(Kind.LINEAR)] and root is None and not per_row
@@ -156,14 +171,35 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         kinds[frozen] = Kind.FROZEN
     result = mode.call(func, args, kwargs)
     if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
-        by_constant = kinds.count(None) == 1 and any(activated)
+        by_constant = multiplies and kinds.count(None) == 1 and any(activated)
         mark = Mark(Kind.LINEAR, by_constant or (root is not None and frozen is not None), "", root)
     elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
         mark = mode.nonlinear(func, marks_of(args))._replace(root=root)
+        mark = mark._replace(bilinear=root is None and _is_bilinear(marks))
+        mark = _without_convention(mode, func, marks, mark)
     else:
         mark = Mark(Kind.FROZEN)
     set_mark(result, mark)
     return result
+
+
+def _of_three(marks: list[Mark | None]) -> bool:
+    """Whether a linear tensor meets a product of two others, with no function in between."""
+    return any(m is not None and m.bilinear for m in marks)
+
+
+def _without_convention(mode: Freezing, func: Any, marks: list[Mark | None], mark: Mark) -> Mark:
+    """The mark of a product, saying so if no convention tells which of three factors is linear."""
+    if not (_of_three(marks) and any(m and m.kind == Kind.LINEAR for m in marks)):
+        return mark
+    what = f"a product of three linear factors ({function_name(func)}() in {mode.module}), for "
+    return mark._replace(origin=f"{what}which elm_lanczos.conventions names no value path,")
+
+
+def _is_bilinear(marks: list[Mark | None]) -> bool:
+    """Whether a nonlinear product is of two linear tensors, or such a one times a constant."""
+    kinds = [m.kind if m else None for m in marks]
+    return kinds.count(Kind.LINEAR) == 2 or (_of_three(marks) and Kind.LINEAR not in kinds)
 
 
 _MULTIPLY = {"mul", "multiply"}
@@ -231,7 +267,7 @@ def einsum(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     kinds = [m.kind if m else None for m in marks]
     if kinds.count(Kind.LINEAR) == 1:
         gate = any(m and m.activated for m in marks) and Kind.NONLINEAR in kinds
-        if not gate:
+        if not gate and not _of_three(marks):
             operands = [
                 mode.freeze(x) if k == Kind.NONLINEAR else x
                 for x, k in zip(operands, kinds, strict=True)
@@ -241,7 +277,8 @@ def einsum(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
         mark = Mark(Kind.LINEAR)
     elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
-        mark = mode.nonlinear(func, marks_of(operands))
+        mark = mode.nonlinear(func, marks_of(operands))._replace(bilinear=_is_bilinear(marks))
+        mark = _without_convention(mode, func, marks, mark)
     else:
         mark = Mark(Kind.FROZEN)
     set_mark(result, mark)
@@ -255,8 +292,12 @@ def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     if mark_of(args[1]) is None:
         return product(mode, func, args, kwargs)
     kinds = [kind_of(arg) for arg in args[:2]]
-    if kinds == [Kind.LINEAR, Kind.NONLINEAR]:
+    if kinds[1] == Kind.FROZEN and kinds[0] is not None:
         return product(mode, func, args, kwargs)
+    if kinds == [Kind.LINEAR, Kind.NONLINEAR]:  # a divisor is a coefficient, whatever made it
+        divisor = args[1].view_as(args[1])
+        set_mark(divisor, Mark(Kind.NONLINEAR, root=root_of(args[1])))
+        return product(mode, func, (args[0], divisor, *args[2:]), kwargs)
     return coefficient(mode, func, args, kwargs)
 
 
@@ -267,6 +308,7 @@ def matrix_product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     left, right = (kind_of(arg) for arg in args[:2])
     if (
         left in (Kind.NONLINEAR, Kind.FROZEN)
+        and not _of_three([mark_of(args[0])])
         and right == Kind.LINEAR
         and args[0].ndim == args[1].ndim >= 3
         and args[0].shape[:-2] == args[1].shape[:-2]
@@ -337,7 +379,7 @@ def coefficient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
             value = mode.freeze(value)
         else:
             root = _common_root(func, args, kwargs, value)
-            set_mark(value, mode.nonlinear(func, marks)._replace(root=root))
+            set_mark(value, mode.nonlinear(func, marks)._replace(root=root, bilinear=False))
         return value
 
     return rebuild(mark, result)
@@ -480,8 +522,8 @@ def scaled_dot_product_attention(mode: Freezing, func: Any, args: Any, kwargs: A
 
 _STRUCTURAL = (
     "view reshape flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims permute "
-    "movedim T mT t expand broadcast_to repeat repeat_interleave tile contiguous clone split "
-    "chunk tensor_split unbind narrow select slice getitem setitem index_select gather "
+    "movedim T mT t expand broadcast_to repeat repeat_interleave tile contiguous clone "
+    "narrow select slice getitem setitem index_select gather "
     "take_along_dim index_add index_copy scatter scatter_add copy masked_select masked_fill "
     "masked_scatter where cat concat concatenate stack hstack vstack embedding flip roll pad tril "
     "triu diagonal unfold dropout sum mean cumsum neg positive view_as_complex view_as_real"
@@ -489,11 +531,11 @@ _STRUCTURAL = (
 _CONSTANT = "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"
 _COEFFICIENT = (
     "rsqrt sqrt reciprocal exp exp2 expm1 log log1p log2 softmax log_softmax sigmoid logsigmoid "
-    "log_sigmoid softplus abs sign norm vector_norm var std logsumexp max min amax amin maximum "
-    "minimum cos sin topk sort argsort argmax argmin argtopk cumprod prod rdiv rtruediv threshold "
-    "erf eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not bitwise_and "
-    "bitwise_or bitwise_not and or invert nonzero one_hot bincount histc round floor any all "
-    "normalize detach data"
+    "log_sigmoid softplus abs sign norm vector_norm linalg_vector_norm var std logsumexp max min "
+    "amax amin maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod prod rdiv "
+    "rtruediv threshold erf eq ne lt le gt ge isnan isinf isfinite logical_and logical_or "
+    "logical_not bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc "
+    "round floor any all normalize detach data"
 )
 _DECISION = "item tolist bool int index nonzero_static contains"
 _ELEMENTWISE = frozenset(
@@ -507,6 +549,7 @@ _ACTIVATION = "silu gelu relu relu6 tanh mish elu selu celu leaky_relu hardswish
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_STRUCTURAL.split(), structural),
+    **dict.fromkeys("split chunk tensor_split unbind".split(), split),
     **dict.fromkeys(_CONSTANT.split(), constant),
     **dict.fromkeys(_COEFFICIENT.split(), coefficient),
     **dict.fromkeys(_DECISION.split(), decision),

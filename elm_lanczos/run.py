@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -23,13 +22,14 @@ import torch
 from torch import Tensor
 
 from elm_lanczos.analysis import attribute
-from elm_lanczos.config import RunConfig, select_tokens
+from elm_lanczos.config import ModelConfig, RunConfig, select_tokens
 from elm_lanczos.decode import decode_triplets
 from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.linearization import Certificate, Linearization
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import Prompt, read_prompts
+from elm_lanczos.storage import checksum
 from elm_lanczos.store import (
     PromptGroup,
     PromptHeader,
@@ -133,8 +133,6 @@ def run(
         raise UsageError("--resume needs the store to continue: add --out FOLDER")
     if config.out == "":
         raise UsageError("--out is empty")
-    if config.out == "":
-        raise UsageError("--out is empty")
     prompts = _prompts(config)
     model = load_model(config)
     if config.k > model.hidden_size:
@@ -161,11 +159,11 @@ def _resources(store: ResultStore) -> dict[str, int]:
     return {name: int(resources[name]) for name in ("memory", "threads")}
 
 
-def load_model(config: RunConfig) -> DetachedModel:
+def load_model(config: ModelConfig) -> DetachedModel:
     """Loads the model a run is about.
 
     Args:
-        config: its `model`, `revision`, dtypes, device and permissions are used.
+        config: which model, and how it is to be loaded.
 
     Returns:
         The model.
@@ -183,6 +181,7 @@ def load_model(config: RunConfig) -> DetachedModel:
         config.model,
         dtype=config.dtype,
         compute_dtype=config.compute_dtype,
+        gate=config.gate,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         use_safetensors=not config.allow_pickle,
@@ -219,7 +218,7 @@ def run_fingerprint(
         for name, value in model.hf_model.config.to_dict().items()
         if name not in ("_name_or_path", "transformers_version")
     }
-    names = ("k", "generate", "method", "tol", "tokens", "batch", "top", "seed", "revision")
+    names = ("k", "generate", "method", "tol", "tokens", "batch", "top", "seed", "gate", "revision")
     versions = {k: v for k, v in package_versions().items() if k != "python"}
     return {
         "model": model.name,
@@ -238,8 +237,7 @@ def weights_digest(model: DetachedModel) -> str:
     """Returns a digest of every weight's name, shape, dtype and bytes (crc32 of each)."""
     sums = []
     for name, weight in model.storage.weights():
-        data = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        sums.append((name, tuple(weight.shape), str(weight.dtype), zlib.crc32(data.data)))
+        sums.append((name, tuple(weight.shape), str(weight.dtype), checksum(weight)))
     return _digest(sums)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -125,6 +126,12 @@ def dequantize(module: Any, tensor: Any) -> Tensor:
         data, state = bnb._convert_weight_packed_for_cpu_inverse(data, state)
         state.absmax = scales.T.reshape(-1).float()
     return bnb.dequantize_4bit(data, state)
+
+
+def checksum(tensor: Tensor) -> int:
+    """Returns the crc32 of a plain tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(data.data)
 
 
 class Storage:

@@ -28,15 +28,22 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
-_GEMMA3 = {
+_GEMMA = {
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 16,
 }
+_GEMMA2 = _GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}  # they bite
+_WITHOUT_HEAD_DIM = {name: value for name, value in _SMALL.items() if name != "head_dim"}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**_SMALL),
     "llama-biased": lambda: transformers.LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True),
     "qwen3": lambda: transformers.Qwen3Config(**_SMALL),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**(_SMALL | _GEMMA3)),
+    "gemma2": lambda: transformers.Gemma2Config(**(_SMALL | _GEMMA2)),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**(_SMALL | _GEMMA)),
+    "mistral": lambda: transformers.MistralConfig(**_SMALL, sliding_window=4),
+    "phi3": lambda: transformers.Phi3Config(**_WITHOUT_HEAD_DIM, sliding_window=4),
+    "olmo2": lambda: transformers.Olmo2Config(**_WITHOUT_HEAD_DIM),
 }
 PROMPT = torch.tensor([0, 17, 42, 42, 9, 88, 3, 61, 5])
 
@@ -60,56 +67,79 @@ def detached_model(
     return DetachedModel(hf_model(family, dtype), **options)
 
 
-def hand_frozen_output(hf: Any, x: Tensor, position: int = -1) -> Tensor:
+def hand_frozen_output(hf: Any, x: Tensor, position: int = -1, gate: str = "frozen") -> Tensor:
     """Returns y (m,) for embeddings x (T, d), every coefficient detached by hand."""
     config, decoder = hf.config, hf.model
-    gemma = config.model_type.startswith("gemma")
-    T = x.shape[0]
-    positions = torch.arange(T)[None]
+    family = config.model_type
+    gemma = family.startswith("gemma")
+    T, heads, kv_heads = x.shape[0], config.num_attention_heads, config.num_key_value_heads
+    width = config.head_dim if hasattr(config, "head_dim") else config.hidden_size // heads
+    distance = torch.arange(T)[:, None] - torch.arange(T)[None]
 
     def norm(module: nn.Module, z: Tensor) -> Tensor:
-        eps = config.rms_norm_eps
         weight = 1 + module.weight if gemma else module.weight
-        scale = (z.pow(2).mean(-1, keepdim=True) + eps).rsqrt().detach()
-        return z * scale * weight
+        return z * (z.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt().detach() * weight
 
     def rotate(z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = z.shape[-1] // 2
         return z * cos + torch.cat([-z[..., half:], z[..., :half]], -1) * sin
 
-    for index, layer in enumerate(decoder.layers[: config.num_hidden_layers]):
-        attn, mlp = layer.self_attn, layer.mlp
-        kinds = [config.layer_types[index]] if gemma else []
-        cos, sin = decoder.rotary_emb(x, positions, *kinds)
-        cos, sin = cos[0].to(x.dtype), sin[0].to(x.dtype)
-        h = norm(layer.input_layernorm, x)
-        heads = (config.num_attention_heads, config.num_key_value_heads)
-        q = attn.q_proj(h).view(T, heads[0], -1).transpose(0, 1)
-        k = attn.k_proj(h).view(T, heads[1], -1).transpose(0, 1)
-        v = attn.v_proj(h).view(T, heads[1], -1).transpose(0, 1)
-        if hasattr(attn, "q_norm"):
-            q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (t.repeat_interleave(heads[0] // heads[1], dim=0) for t in (k, v))
-        scores = q @ k.mT * attn.scaling
-        distance = torch.arange(T)[:, None] - torch.arange(T)[None]
-        allowed = distance >= 0
-        if gemma and kinds == ["sliding_attention"]:
-            allowed &= distance < config.sliding_window
-        P = scores.masked_fill(~allowed, -torch.inf).softmax(-1).detach()
-        out = attn.o_proj((P @ v).transpose(0, 1).reshape(T, -1))
-        if gemma:
-            x = x + norm(layer.post_attention_layernorm, out)
-            h = norm(layer.pre_feedforward_layernorm, x)
+    def split_heads(z: Tensor) -> Tensor:
+        return z.view(T, -1, width).transpose(0, 1)
+
+    def attend(attn: Any, h: Tensor, index: int) -> Tensor:
+        if family == "phi3":
+            sizes = [heads * width, kv_heads * width, kv_heads * width]
+            q, k, v = attn.qkv_proj(h).split(sizes, -1)
         else:
-            x = x + out
-            h = norm(layer.post_attention_layernorm, x)
-        out = mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)).detach() * mlp.up_proj(h))
-        x = x + (norm(layer.post_feedforward_layernorm, out) if gemma else out)
+            q, k, v = attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)
+        if family == "olmo2":  # over all heads together
+            q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
+        q, k, v = split_heads(q), split_heads(k), split_heads(v)
+        if family in ("qwen3", "gemma3_text"):
+            q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
+        kind = [config.layer_types[index]] if family == "gemma3_text" else []
+        cos, sin = (t[0].to(x.dtype) for t in decoder.rotary_emb(x, torch.arange(T)[None], *kind))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (t.repeat_interleave(heads // kv_heads, dim=0) for t in (k, v))
+        scale = config.query_pre_attn_scalar if gemma else width
+        scores = q @ k.mT / scale**0.5
+        if family == "gemma2":
+            cap = config.attn_logit_softcapping
+            scores = cap * torch.tanh(scores / cap)
+        slides = config.layer_types[index] == "sliding_attention" if gemma else True
+        window = getattr(config, "sliding_window", None) if slides else None
+        allowed = (distance >= 0) & (distance < (window or T))
+        P = scores.masked_fill(~allowed, -torch.inf).softmax(-1).detach()
+        return attn.o_proj((P @ v).transpose(0, 1).reshape(T, -1))
+
+    def feed_forward(mlp: Any, h: Tensor) -> Tensor:
+        if family == "phi3":
+            g, up = mlp.gate_up_proj(h).chunk(2, -1)
+            activated = mlp.activation_fn(g)
+        else:
+            g, up = mlp.gate_proj(h), mlp.up_proj(h)
+            activated = mlp.act_fn(g)
+        if gate == "up":  # as the paper does for Phi
+            return mlp.down_proj(g * (activated / g).detach() * up.detach())
+        return mlp.down_proj(activated.detach() * up)
+
+    for index, layer in enumerate(decoder.layers[: config.num_hidden_layers]):
+        if family == "olmo2":  # norms after the sublayers only
+            x = x + norm(layer.post_attention_layernorm, attend(layer.self_attn, x, index))
+            x = x + norm(layer.post_feedforward_layernorm, feed_forward(layer.mlp, x))
+        elif gemma:  # before and after
+            out = attend(layer.self_attn, norm(layer.input_layernorm, x), index)
+            x = x + norm(layer.post_attention_layernorm, out)
+            out = feed_forward(layer.mlp, norm(layer.pre_feedforward_layernorm, x))
+            x = x + norm(layer.post_feedforward_layernorm, out)
+        else:
+            x = x + attend(layer.self_attn, norm(layer.input_layernorm, x), index)
+            x = x + feed_forward(layer.mlp, norm(layer.post_attention_layernorm, x))
     return norm(decoder.norm, x)[position]
 
 
-def hand_frozen_jacobian(hf: Any, x: Tensor, position: int = -1) -> Tensor:
+def hand_frozen_jacobian(hf: Any, x: Tensor, position: int = -1, gate: str = "frozen") -> Tensor:
     """Returns J (T, m, d) of the hand-frozen model by `torch.autograd`."""
-    J = torch.autograd.functional.jacobian(lambda z: hand_frozen_output(hf, z, position), x)
+    J = torch.autograd.functional.jacobian(lambda z: hand_frozen_output(hf, z, position, gate), x)
     return J.movedim(1, 0).detach()

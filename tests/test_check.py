@@ -127,6 +127,30 @@ def test_break_names_the_module_and_the_figures_around_it() -> None:
     assert "fidelity" in str(place)
 
 
+def test_linear_path_through_the_queries_is_wrong_and_located() -> None:
+    """All figures of the certificate are fine for it: only moving the queries tells."""
+
+    class StateFrozen(nn.Module):
+        """Linear attention whose squashed state (keyᵀ value) is the coefficient of the query."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = torch.tanh(self.key(x).mT @ self.value(x))
+            return self.query(x) @ state
+
+    hf = llama()
+    torch.manual_seed(0)
+    hf.model.layers[1].mlp = StateFrozen(hf.config.hidden_size).double()
+    model = DetachedModel(hf)
+    assert model.linearize(IDS).certificate().exact
+    report = check_model(model, IDS)
+    assert report.verdict == Verdict.WRONG and report.bypass is not None and report.bypass > 1e-3
+    assert "bypass beyond the bound; first at layers.1.mlp.query (Linear)" in report.reason
+
+
 def test_exact_model_breaks_nowhere() -> None:
     assert first_break(DetachedModel(llama()), IDS) is None
 
@@ -182,7 +206,7 @@ def test_sweep_survives_the_death_of_a_process() -> None:
 
 def test_table_has_counts_figures_and_reasons() -> None:
     figures = {"fidelity": 1e-7, "reconstruction": 0.0, "leak": 0.0, "adjoint": 2e-16}
-    figures |= {"affinity": float("nan"), "bias": 0.5}
+    figures |= {"affinity": float("nan"), "bypass": 0.0, "bias": 0.5}
     reports = [
         FamilyReport("b", Verdict.REFUSED, "a|b() is not affine"),
         FamilyReport("a", Verdict.EXACT, dtype="float64", **figures, segments=4),
@@ -190,7 +214,7 @@ def test_table_has_counts_figures_and_reasons() -> None:
     ]
     table = families_table(reports)
     assert table.startswith("1 exact (50.0 % of the 2 built), 1 refused, 1 not built, 0 WRONG")
-    assert "| `a` | exact | 0 | 0 | 2e-16 | NaN | 1e-07 | 0.50 | 4 | float64 |" in table
+    assert "| `a` | exact | 0 | 0 | 2e-16 | NaN | 0 | 1e-07 | 0.50 | 4 | float64 |" in table
     assert r"| `b` | refused | a\|b() is not affine |" in table
 
 

@@ -14,7 +14,7 @@ ORDER = [
     ["errors", "lazy", "status"],
     ["attention"],
     ["freezing"],
-    ["recurrences", "rules", "storage"],
+    ["conventions", "rules", "storage"],
     ["model"],
     ["chain"],
     ["linearization"],

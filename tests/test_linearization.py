@@ -47,6 +47,19 @@ def test_jacobian_equals_a_hand_frozen_model(family: str, position: int) -> None
     assert (lin.jvp(tangents) - columns).abs().max() <= 1e-9 * columns.abs().max()
 
 
+@pytest.mark.parametrize("family", ["phi3", "llama", "gemma2"])
+def test_other_gate_equals_a_hand_frozen_model(family: str) -> None:
+    """The paper's convention for Phi: linear through the gate, with act(g)/g and up fixed."""
+    model = detached_model(family, gate="up")
+    lin = model.linearize(PROMPT)
+    expected = hand_frozen_jacobian(model.hf_model, lin.inputs, gate="up")
+    rows = lin.vjp(torch.eye(32, dtype=torch.float64))
+    assert (rows.movedim(1, 0) - expected).abs().max() <= 1e-9 * expected.abs().max()
+    other = hand_frozen_jacobian(model.hf_model, lin.inputs)
+    assert (expected - other).abs().max() > 1e-3 * expected.abs().max()
+    assert lin.certificate().exact
+
+
 def test_tokens_after_the_position_have_no_influence() -> None:
     lin = detached_model("llama").linearize(PROMPT, position=3)
     assert lin.vjp(torch.ones(32, dtype=torch.float64))[4:].abs().max() == 0
