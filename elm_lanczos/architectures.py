@@ -18,10 +18,12 @@ a configuration at all is in `FIXED`.
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +120,37 @@ def causal_architectures() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def full_config(source: str, **options: Any) -> PreTrainedConfig | str:
+    """Returns the configuration that a name stands for, without any weights.
+
+    Args:
+        source: a model type (which stands for its defaults and is returned as it is), a hub id, a
+            folder, or a `config.json`.
+        **options: passed on to `AutoConfig.from_pretrained` (`revision`, `trust_remote_code`, …).
+
+    Returns:
+        The configuration, or the model type.
+
+    Raises:
+        ModelError: if there is no such configuration.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if source in CONFIG_MAPPING and not Path(source).exists():
+        return source
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # the libraries below raise anything from OSError to TypeError
+        close = difflib.get_close_matches(source, list(CONFIG_MAPPING), n=1, cutoff=0.7)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ModelError(
+            f"{source!r} is no model type of transformers, and no configuration was found there "
+            f"({lines[0][:200] if lines else type(error).__name__}){hint}"
+        ) from error
+    return config
 
 
 def tiny_config(config_or_model_type: PreTrainedConfig | str) -> PreTrainedConfig:

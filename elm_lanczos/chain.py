@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elm_lanczos.errors import UnsupportedModelError
+from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Kind, flatten, linear, mark_of, rebuild
 from elm_lanczos.model import DetachedModel
 
@@ -97,6 +97,7 @@ def trace(
     Raises:
         UnsupportedModelError: if the output is not affine in the input once frozen; the message
             names the module.
+        ModelError: if the model itself does not run on this input.
     """
     decoder = model.decoder
     names = {module: name for name, module in decoder.named_modules()}
@@ -126,8 +127,11 @@ def trace(
             x = linear(inputs[None])
             output = model.hidden_states(x, ids)
     except _TORCH_ERRORS as error:
-        # if the model itself fails, that is the error to show
-        model.predict(inputs if ids is None else ids)
+        try:
+            model.predict(inputs if ids is None else ids)
+        except _TORCH_ERRORS as own:  # the model itself fails: that is the error to show
+            reason = f"{type(own).__name__}: {_line(own)}"
+            raise ModelError(f"{model.name} itself does not run on this input ({reason})") from own
         raise UnsupportedModelError(f"{mode.module}: {first_line(error)}") from error
     finally:
         for handle in handles:
@@ -145,8 +149,12 @@ _TORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError
 
 def first_line(error: Exception) -> str:
     """Returns what an error of torch or of a model's code says, in one line."""
+    return f"cannot be run frozen ({type(error).__name__}: {_line(error)})"
+
+
+def _line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"cannot be run frozen ({type(error).__name__}: {lines[0] if lines else 'no message'})"
+    return lines[0] if lines else "no message"
 
 
 def _chain(

@@ -15,6 +15,7 @@ module where the figures change.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import multiprocessing
 import re
@@ -22,10 +23,10 @@ import resource
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,19 @@ from elm_lanczos.architectures import (
     tiny_model,
 )
 from elm_lanczos.errors import ModelError, UnsupportedModelError
-from elm_lanczos.freezing import Kind, active_mode, flatten, kind_of
+from elm_lanczos.freezing import (
+    Freezing,
+    Kind,
+    Rule,
+    Tape,
+    active_mode,
+    flatten,
+    kind_of,
+    linear,
+)
 from elm_lanczos.model import DetachedModel
+from elm_lanczos.rules import RULES, coefficient
+from elm_lanczos.storage import Storage, checksum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -100,6 +112,7 @@ class FamilyReport:
         bias: ‖c‖ / ‖y‖, the share of the output that comes from constants.
         untouched: whether the model was left as it was, bit for bit.
         segments: links of the chain; 1 if the decoder was taken as a whole.
+        not_a_chain: why it was; empty for a chain of layers.
         seconds: time the check took.
     """
 
@@ -116,7 +129,12 @@ class FamilyReport:
     bias: float | None = None
     untouched: bool | None = None
     segments: int | None = None
+    not_a_chain: str = ""
     seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain data."""
+        return asdict(self)
 
 
 # ------------------------------------------------------------------------------ one model
@@ -144,6 +162,7 @@ def check_architecture(
     architecture: str | PreTrainedConfig,
     *,
     dtype: torch.dtype = torch.float64,
+    gate: str = "frozen",
     device: str = "cpu",
     seed: int = 0,
 ) -> FamilyReport:
@@ -153,6 +172,7 @@ def check_architecture(
         architecture: a model type, or a configuration of any size.
         dtype: of the weights and the computation. A model whose own code does not run in float64
             is checked in float32.
+        gate: which factor of a gated MLP is held fixed (see `DetachedModel`).
         device: where to check it.
         seed: of weights and random vectors.
 
@@ -168,7 +188,8 @@ def check_architecture(
         return FamilyReport(name, Verdict.NOT_BUILT, str(error), seconds=seconds)
     hf_model = hf_model.to(device)
     ids = torch.tensor(PROMPT, device=device)
-    report = _examined(hf_model, ids, lambda: DetachedModel(hf_model), name, hf_model.dtype, seed)
+    detached = functools.partial(DetachedModel, hf_model, gate=gate)
+    report = _examined(hf_model, ids, detached, name, hf_model.dtype, seed)
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -209,6 +230,8 @@ def _examined(
                 reason += f"; first at {where}"
     except UnsupportedModelError as error:
         verdict, reason = Verdict.REFUSED, str(error)
+        if (refused := _attempt_bend(detached, ids, seed)) is not None:
+            reason += f"; {refused}"
     except Exception as error:  # anything else is a defect, whatever it is
         verdict, reason = Verdict.CRASH, _innermost(error)
     touched = [k for k, same in _same(before, _state(hf_model, ids)) if not same]
@@ -228,7 +251,7 @@ def _examined(
 
 def _figures(lin: Linearization, seed: int) -> dict[str, Any]:
     certificate = lin.certificate(seed)
-    z1, z2 = _random_inputs(lin, seed)
+    z1, z2 = _random_pair(lin.inputs, seed)
     mixed = lin(_MIX * z1 + (1 - _MIX) * z2)
     expected = _MIX * lin(z1) + (1 - _MIX) * lin(z2)
     return {
@@ -240,6 +263,7 @@ def _figures(lin: Linearization, seed: int) -> dict[str, Any]:
         "bypass": _bypass(lin, dict(lin.model.decoder.named_modules())),
         "bias": float(lin.constant.norm() / lin.output.norm()),
         "segments": len(lin.segments),
+        "not_a_chain": lin.not_a_chain,
     }
 
 
@@ -250,11 +274,11 @@ def _rounding(lin: Linearization) -> float | None:
     return distance if distance <= BOUNDS[lin.output.dtype]["reconstruction"] else None
 
 
-def _random_inputs(lin: Linearization, seed: int) -> tuple[Tensor, Tensor]:
+def _random_pair(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Two random inputs (T, d) of the size of the prompt's embeddings."""
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(2, *lin.inputs.shape, generator=generator, dtype=torch.float64)
-    z1, z2 = z.to(lin.inputs) * lin.inputs.square().mean().sqrt()
+    z = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64)
+    z1, z2 = z.to(x) * x.square().mean().sqrt()
     return z1, z2
 
 
@@ -306,7 +330,8 @@ def _state(hf_model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     logits = logits_of(hf_model, ids)
     modules = dict(hf_model.named_modules())
     configs = {id(c): c for m in modules.values() if (c := getattr(m, "config", None)) is not None}
-    kept = [*hf_model.state_dict().items(), *hf_model.named_buffers()]
+    buffers = [(name, b) for name, b in hf_model.named_buffers() if not b.is_meta]
+    kept = [*Storage(hf_model, []).weights(), *buffers]
     return {
         "classes": {name: type(module) for name, module in modules.items()},
         "training flags": {name: module.training for name, module in modules.items()},
@@ -314,8 +339,8 @@ def _state(hf_model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
         "attributes": {name: set(vars(module)) for name, module in modules.items()},
         "configurations": {i: repr(vars(config)) for i, config in configs.items()},
         "gradients": [(p.requires_grad, p.grad is None) for p in hf_model.parameters()],
-        "weights": {name: tensor.detach().clone() for name, tensor in kept},
-        "logits": {"": logits},
+        "weights": {name: (tensor.dtype, checksum(tensor)) for name, tensor in kept},
+        "logits": logits,
     }
 
 
@@ -324,18 +349,13 @@ def _hooks(module: nn.Module) -> list[int]:
 
 
 def _same(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    for name in before:
-        if name in {"weights", "logits"}:
-            same = before[name].keys() == after[name].keys() and all(
-                _identical(tensor, after[name][key]) for key, tensor in before[name].items()
-            )
+    for name, value in before.items():
+        if isinstance(value, Tensor):
+            other = after[name]
+            same = value.dtype == other.dtype and torch.equal(value, other)
         else:
-            same = before[name] == after[name]
+            same = value == after[name]
         yield name, same
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 # -------------------------------------------------------------------------- where it breaks
@@ -381,14 +401,14 @@ def first_break(model: DetachedModel, ids: Tensor, *, seed: int = 0) -> Break | 
     Returns:
         The first break, or None if there is none at the modules' borders.
     """
-    with _recorded(model, linear_only=False) as own:
+    with _recorded(model, kinds=(None,)) as own:
         model.predict(ids)
-    with _recorded(model, linear_only=True) as frozen:
+    with _recorded(model, kinds=(Kind.LINEAR,)) as frozen:
         lin = model.linearize(ids)
-    z1, z2 = _random_inputs(lin, seed)
+    z1, z2 = _random_pair(lin.inputs, seed)
 
     def replayed(z: Tensor, **options: Any) -> _Events:
-        with _recorded(model, linear_only=True) as events:
+        with _recorded(model, kinds=(Kind.LINEAR,)) as events:
             lin(z, **options)
         return events
 
@@ -423,16 +443,59 @@ def first_break(model: DetachedModel, ids: Tensor, *, seed: int = 0) -> Break | 
     return next((place for place in places if place is not None), None)
 
 
+def _first_bend(model: DetachedModel, ids: Tensor, seed: int) -> Break | None:
+    """Finds where a refused model stops being affine: its first layer that is not, once frozen."""
+
+    # operations without a rule count as coefficients here, so that the rest can be run
+    class Lenient(dict[str, Rule]):
+        def get(self, name: str, default: Any = None) -> Any:
+            return super().get(name, coefficient)
+
+    rules, tape, x = Lenient(RULES), Tape(), model.embed(ids)
+    z1, z2 = _random_pair(x, seed)
+
+    def run(z: Tensor, **options: Any) -> _Events:
+        mode = Freezing(model.compute_dtype, rules, gate=model.gate, **options)
+        recorded = _recorded(model, kinds=(Kind.LINEAR, Kind.NONLINEAR))
+        with recorded as events, model.frozen(), torch.no_grad(), mode:
+            model.hidden_states(linear(z[None]), ids)
+        return events
+
+    run(x, record=tape)
+    runs = [run(z, replay=tape) for z in (z1, z2, _MIX * z1 + (1 - _MIX) * z2)]
+    layers = {id(layer) for layer in model.layers}
+    stream = {
+        f"{path} ({type(module).__name__})"
+        for path, module in model.decoder.named_modules()
+        if id(module) in layers or not path
+    }
+    figures = (
+        (name, _distance(mixed, _MIX * first + (1 - _MIX) * second))
+        for (name, first), (_, second), (_, mixed) in zip(*runs, strict=False)
+        if name in stream and first.shape == second.shape == mixed.shape
+    )
+    return _first_beyond("affinity", figures, BOUNDS[model.compute_dtype]["affinity"])
+
+
+def _attempt_bend(detached: Callable[[], DetachedModel], ids: Tensor, seed: int) -> str | None:
+    """Where a refused model bends, in words, if it gets so far."""
+    try:
+        place = _first_bend(detached(), ids, seed)
+    except Exception:  # it was refused because it cannot be run so
+        return None
+    return None if place is None else f"first not affine: {place}"
+
+
 @contextmanager
-def _recorded(model: DetachedModel, *, linear_only: bool) -> Iterator[_Events]:
-    """Records the first tensor that goes into and comes out of every module of the decoder."""
+def _recorded(model: DetachedModel, *, kinds: Container[Kind | None]) -> Iterator[_Events]:
+    """Records the first tensor of these kinds into and out of every module of the decoder."""
     events: _Events = []
 
     def note(name: str, values: Any) -> None:
         tensor = next((v for v in flatten(values) if isinstance(v, Tensor)), None)
         if tensor is None or not tensor.is_floating_point():
             return
-        if not linear_only or kind_of(tensor) == Kind.LINEAR:
+        if kind_of(tensor) in kinds:
             events.append((name, tensor.detach().clone()))
 
     handles = []
@@ -484,7 +547,9 @@ def check_all(
     *,
     architectures: Iterable[str] | None = None,
     dtype: torch.dtype = torch.float64,
+    gate: str = "frozen",
     device: str = "cpu",
+    seed: int = 0,
     jobs: int = 1,
     timeout: float = 600.0,
     memory: int | None = 16 * 2**30,
@@ -495,7 +560,9 @@ def check_all(
         progress: called with each report as it is there.
         architectures: model types; all causal ones if not given.
         dtype: see `check_architecture`.
+        gate: see `check_architecture`.
         device: see `check_architecture`.
+        seed: see `check_architecture`.
         jobs: how many are checked at once.
         timeout: seconds after which one is given up as a CRASH.
         memory: bytes of address space one may use (CPU only); None for no limit.
@@ -511,7 +578,8 @@ def check_all(
     def check(name: str) -> FamilyReport:
         started = time.perf_counter()
         receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, name, dtype, device, threads, memory if device == "cpu" else None)
+        what = {"dtype": dtype, "gate": gate, "device": device, "seed": seed}
+        arguments = (sender, name, what, threads, memory if device == "cpu" else None)
         process = context.Process(target=_check_in_child, args=arguments, daemon=True)
         process.start()
         sender.close()
@@ -537,8 +605,7 @@ def check_all(
 def _check_in_child(
     sender: Connection,
     name: str,
-    dtype: torch.dtype,
-    device: str,
+    what: dict[str, Any],
     threads: int,
     memory: int | None,
 ) -> None:
@@ -548,7 +615,7 @@ def _check_in_child(
     torch.set_num_threads(threads)
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    sender.send(check_architecture(name, dtype=dtype, device=device))
+    sender.send(check_architecture(name, **what))
 
 
 # --------------------------------------------------------------------------- the table

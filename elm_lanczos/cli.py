@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from json import dumps
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,8 @@ import typer
 from elm_lanczos.errors import ElmLanczosError, UsageError
 
 if TYPE_CHECKING:
+    from elm_lanczos.check import FamilyReport
+    from elm_lanczos.config import ModelConfig
     from elm_lanczos.report.record import Words
     from elm_lanczos.run import Outcome
 
@@ -84,6 +87,9 @@ def run(
     compute_dtype: Annotated[
         str | None, typer.Option(help="How everything is computed: float32 or float64.")
     ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Factor of act(g)·u that is fixed: frozen (act(g)) or up.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     device_map: Annotated[
         str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
@@ -135,6 +141,7 @@ def run(
         "out": out,
         "dtype": dtype,
         "compute_dtype": compute_dtype,
+        "gate": gate,
         "device": device,
         "device_map": device_map,
         "method": method,
@@ -186,6 +193,178 @@ def show(
             for prediction in (result, *result.positions.values()):
                 observer.started(number - 1, len(results), prediction.text)
                 observer.finished(prediction)
+
+
+_SENTENCE = "We hold these truths to be self-evident, that all men are created equal"
+"""What a model with a tokenizer is checked on if nothing else is given."""
+
+
+@app.command(
+    epilog="Examples:  elm-lanczos check meta-llama/Llama-3.2-1B  ·  "
+    "elm-lanczos check path/to/70B/config.json --random  ·  elm-lanczos check deepseek_v3 --random"
+    "  ·  elm-lanczos check --all --jobs 4 --out families.md"
+)
+def check(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hugging Face id or folder (default: bundled model); with --random also a "
+            "config.json or a model type such as qwen3."
+        ),
+    ] = None,
+    random: Annotated[
+        bool,
+        typer.Option("--random", help="Check a tiny random instance; no weights are needed."),
+    ] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Check every causal architecture of transformers so.")
+    ] = False,
+    text: Annotated[str | None, typer.Option(help="Prompt to check the model on.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="How weights are stored: auto, float64, float32, bfloat16, float16."),
+    ] = None,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or float64 (default: float64 for random instances)."),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Factor of act(g)·u that is fixed: frozen (act(g)) or up.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random vector.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="With --all: how many at once.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="With --all: write the table here, as Markdown.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Load weights that are no safetensors.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per model.")] = False,
+) -> None:
+    """Check that a model's linear system is exact, or name the module where it is not.
+
+    Ends with exit code 0 if it is, 3 if a figure is beyond its bound, 1 if the model is refused.
+    """
+    _refuse_contradictions(model, random=random, all_=all_, text=text, out=out)
+    from elm_lanczos.config import ModelConfig, validated
+
+    given = {
+        "model": model,
+        "revision": revision,
+        "dtype": dtype,
+        "compute_dtype": compute_dtype,
+        "gate": gate,
+        "device": device,
+        "device_map": device_map,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
+    config = validated(ModelConfig, {k: v for k, v in given.items() if v is not None})
+    _silence_libraries()
+    if all_:
+        reports = _check_all(config, seed=seed, jobs=jobs, out=out, json=json)
+    else:
+        reports = [_check_one(config, random=random, text=text, seed=seed, json=json)]
+    _judge(reports, one=not all_)
+
+
+def _refuse_contradictions(
+    model: str | None, *, random: bool, all_: bool, text: str | None, out: Path | None
+) -> None:
+    if all_ and (model is not None or random):
+        raise UsageError("--all checks every architecture: give no model and no --random")
+    if random and model is None:
+        raise UsageError("--random needs a model type, a config.json or a model to be like")
+    if out is not None and not all_:
+        raise UsageError("--out goes with --all")
+    if (all_ or random) and text is not None:
+        raise UsageError("random instances have no tokenizer: --text goes with a model's weights")
+
+
+def _check_one(
+    config: ModelConfig, *, random: bool, text: str | None, seed: int, json: bool
+) -> FamilyReport:
+    import torch
+    from rich.console import Console
+
+    from elm_lanczos.architectures import PROMPT, full_config
+    from elm_lanczos.check import check_architecture, check_model
+    from elm_lanczos.report.verdicts import render_report
+    from elm_lanczos.run import load_model
+
+    if random and config.model is not None:
+        options = {"revision": config.revision} if config.revision is not None else {}
+        source = full_config(config.model, trust_remote_code=config.trust_remote_code, **options)
+        report = check_architecture(
+            source,
+            dtype=getattr(torch, config.compute_dtype or "float64"),
+            gate=config.gate,
+            device=config.device or "cpu",
+            seed=seed,
+        )
+    else:
+        model = load_model(config)
+        if model.tokenizer is not None:
+            ids = model.encode(_SENTENCE if text is None else text)
+        elif text is not None:
+            raise UsageError(f"{model.name} has no tokenizer, so --text cannot be used")
+        else:
+            ids = torch.tensor(PROMPT) % model.embedding.weight.shape[0]
+        report = check_model(model, ids, architecture=model.name, seed=seed)
+    if json:
+        typer.echo(dumps(report.to_dict()))
+    else:
+        Console().print(render_report(report))
+    return report
+
+
+def _check_all(
+    config: ModelConfig, *, seed: int, jobs: int, out: Path | None, json: bool
+) -> list[FamilyReport]:
+    import torch
+
+    from elm_lanczos.architectures import causal_architectures
+    from elm_lanczos.check import check_all, families_table
+    from elm_lanczos.report.verdicts import Sweep
+
+    names = causal_architectures()
+    with Sweep(len(names), quiet=json) as sweep:
+        reports = check_all(
+            sweep.finished,
+            architectures=names,
+            dtype=getattr(torch, config.compute_dtype or "float64"),
+            gate=config.gate,
+            device=config.device or "cpu",
+            jobs=jobs,
+            seed=seed,
+        )
+    if out is not None:
+        out.write_text(families_table(reports), encoding="utf-8")
+    if json:
+        for report in reports:
+            typer.echo(dumps(report.to_dict()))
+    else:
+        typer.echo(families_table(reports) if out is None else f"table in {out}")
+    return reports
+
+
+def _judge(reports: list[FamilyReport], *, one: bool) -> None:
+    """Ends with the exit code that stands for the worst report."""
+    from elm_lanczos.check import Verdict
+
+    verdicts = {report.verdict for report in reports}
+    if verdicts & {Verdict.WRONG, Verdict.CRASH}:
+        raise typer.Exit(EXIT_NOT_CERTAIN)
+    if one and verdicts != {Verdict.EXACT}:
+        raise typer.Exit(EXIT_ERROR)
 
 
 def _words_of(attrs: Any) -> Words:
