@@ -23,7 +23,7 @@ import resource
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -44,14 +44,16 @@ from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import (
     Freezing,
     Kind,
+    Mark,
     Rule,
     Tape,
     active_mode,
     flatten,
     kind_of,
     linear,
+    set_mark,
 )
-from elm_lanczos.model import DetachedModel
+from elm_lanczos.model import DetachedModel, evaluating
 from elm_lanczos.rules import RULES, coefficient
 from elm_lanczos.storage import Storage, checksum
 
@@ -267,10 +269,46 @@ def _figures(lin: Linearization, seed: int) -> dict[str, Any]:
     }
 
 
+class _Every(dict[str, Rule]):
+    """A table of rules with another one for all functions that it does not name."""
+
+    def __init__(self, rules: Mapping[str, Rule], other: Rule) -> None:
+        super().__init__(rules)
+        self._other = other
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name, self._other)
+
+
+def _unfrozen(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """What the model computes itself, but never below the working precision."""
+    result = mode.call(func, args, kwargs)
+    target = args[0] if func.__name__ == "__setitem__" else result
+    set_mark(target, Mark(Kind.LINEAR))
+    return result
+
+
+def raised_output(lin: Linearization) -> Tensor:
+    """Runs the model's own code, unfrozen, with its casts to a lower precision left out.
+
+    Args:
+        lin: the linear system of a prompt.
+
+    Returns:
+        (m,), what its output is to be compared with if the model itself computes norms or softmax
+        in float32: the difference to `lin.prediction` is the model's own rounding.
+    """
+    model = lin.model
+    mode = Freezing(model.compute_dtype, _Every({}, _unfrozen))
+    weights = model.storage.plain(raised_to=model.compute_dtype)
+    with torch.no_grad(), evaluating(model.hf_model), weights, mode:
+        hidden = model.hidden_states(linear(lin.inputs[None]), lin.ids)
+    return hidden[0, lin.position]
+
+
 def _rounding(lin: Linearization) -> float | None:
     """Fidelity to the model with its own casts raised, if it is of the order of rounding."""
-    raised = lin.model.predict(lin.given, lin.position, raised=True).hidden
-    distance = _distance(lin.output, raised)
+    distance = _distance(lin.output, raised_output(lin))
     return distance if distance <= BOUNDS[lin.output.dtype]["reconstruction"] else None
 
 
@@ -445,13 +483,8 @@ def first_break(model: DetachedModel, ids: Tensor, *, seed: int = 0) -> Break | 
 
 def _first_bend(model: DetachedModel, ids: Tensor, seed: int) -> Break | None:
     """Finds where a refused model stops being affine: its first layer that is not, once frozen."""
-
     # operations without a rule count as coefficients here, so that the rest can be run
-    class Lenient(dict[str, Rule]):
-        def get(self, name: str, default: Any = None) -> Any:
-            return super().get(name, coefficient)
-
-    rules, tape, x = Lenient(RULES), Tape(), model.embed(ids)
+    rules, tape, x = _Every(RULES, coefficient), Tape(), model.embed(ids)
     z1, z2 = _random_pair(x, seed)
 
     def run(z: Tensor, **options: Any) -> _Events:

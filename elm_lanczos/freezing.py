@@ -223,7 +223,6 @@ class Freezing(TorchFunctionMode):
         gate: which factor of a gated MLP `act(g) · u` is held fixed: "frozen" fixes `act(g)`, "up"
             fixes `u` and goes through `g` with `act(g)/g` fixed.
         module: name of the module being run, for messages.
-        constants: the lowest precision of what does not depend on the input.
     """
 
     def __init__(
@@ -236,7 +235,6 @@ class Freezing(TorchFunctionMode):
         replay: Tape | None = None,
         without_constants: bool = False,
         module: str = "the model",
-        constants: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
@@ -246,7 +244,6 @@ class Freezing(TorchFunctionMode):
         self.rules = rules
         self.gate = gate
         self.module = module
-        self.constants = constants
         self.value_part: tuple[int, int] | None = None
         """Set while a method of `conventions.VALUE_PART` runs: (parts of a split, the value's)."""
 
@@ -294,7 +291,7 @@ class Freezing(TorchFunctionMode):
         marks = marks_of(args, kwargs)
         if not marks:
             of_weights = any(isinstance(leaf, nn.Parameter) for leaf in flatten((args, kwargs)))
-            floor = self.compute_dtype if of_weights else self.constants
+            floor = self.compute_dtype if of_weights else torch.float32
             return self.call(func, args, kwargs, floor)
         rule = self.rules.get(name)
         if rule is not None:

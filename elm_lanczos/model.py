@@ -232,16 +232,12 @@ class DetachedModel:
 
     # ---------------------------------------------------------------------- the model itself
 
-    def predict(
-        self, ids_or_embeddings: Tensor, position: int = -1, *, raised: bool = False
-    ) -> Prediction:
+    def predict(self, ids_or_embeddings: Tensor, position: int = -1) -> Prediction:
         """Runs the untouched model, its weights raised to `compute_dtype` layer by layer.
 
         Args:
             ids_or_embeddings: (T,) ids or (T, d) embeddings.
             position: the position whose final hidden state and logits are wanted.
-            raised: also raise what its own code computes in a lower precision than `compute_dtype`,
-                such as norms in float32. The difference is the model's own rounding.
 
         Returns:
             The model's own hidden state and logits at that position.
@@ -255,11 +251,8 @@ class DetachedModel:
         caught: list[Any] = []
         hook = self.decoder.register_forward_hook(lambda _m, _a, output: caught.append(output))
         try:
-            weights = self.storage.plain(raised_to=self.compute_dtype)
-            casts: Any = contextlib.nullcontext()
-            if raised:
-                casts = Freezing(self.compute_dtype, {}, constants=self.compute_dtype)
-            with torch.no_grad(), evaluating(self.hf_model), weights, casts:
+            raised = self.storage.plain(raised_to=self.compute_dtype)
+            with torch.no_grad(), evaluating(self.hf_model), raised:
                 logits = self.hf_model(**options, use_cache=False).logits[0]
         finally:
             hook.remove()

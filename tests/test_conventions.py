@@ -1,0 +1,269 @@
+"""Which factor is the value: each row of the tables names real code, and is the one that is linear.
+
+The oracle is independent of the rules: a part of a fused projection is moved while recorded
+coefficients are replayed. What is a coefficient must not be noticed, what is the value must be.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from elm_lanczos.architectures import PROMPT, tiny_config, tiny_model
+from elm_lanczos.conventions import COEFFICIENT_MODULES, VALUE_ARGUMENT, VALUE_PART
+from elm_lanczos.errors import UnsupportedModelError
+from elm_lanczos.freezing import active_mode
+from elm_lanczos.model import DetachedModel
+from tests.families import PROMPT as LLAMA_PROMPT
+from tests.families import hf_model
+
+IDS = torch.tensor(PROMPT)
+MODELS = Path(transformers.__file__).parent / "models"
+
+
+@pytest.fixture(scope="module")
+def definitions() -> dict[str, list[set[str]]]:
+    """Arguments of every function and method of transformers' modelling files, by its name."""
+    found: dict[str, list[set[str]]] = {}
+
+    def collect(body: list[ast.stmt], owner: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef):
+                arguments = {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}
+                found.setdefault(owner + node.name, []).append(arguments)
+            elif isinstance(node, ast.ClassDef):
+                collect(node.body, f"{node.name}.")
+            else:
+                collect(getattr(node, "body", []), owner)
+                collect(getattr(node, "orelse", []), owner)
+
+    wanted = re.compile(
+        "|".join(re.escape(n.split(".")[0]) for n in (*VALUE_ARGUMENT, *VALUE_PART))
+    )
+    for file in MODELS.glob("*/modeling_*.py"):
+        source = file.read_text(encoding="utf-8")
+        if wanted.search(source):
+            collect(ast.parse(source).body, "")
+    return found
+
+
+@pytest.mark.parametrize(("name", "value"), VALUE_ARGUMENT.items())
+def test_value_argument_exists(
+    name: str, value: str, definitions: dict[str, list[set[str]]]
+) -> None:
+    assert definitions.get(name), f"no modelling file defines {name}"
+    assert all(value in arguments for arguments in definitions[name])
+
+
+@pytest.mark.parametrize("name", VALUE_PART)
+def test_splitting_method_exists(name: str, definitions: dict[str, list[set[str]]]) -> None:
+    assert definitions.get(name)
+
+
+@pytest.mark.parametrize(("owner", "names"), COEFFICIENT_MODULES.items())
+def test_coefficient_modules_exist(owner: str, names: tuple[str, ...]) -> None:
+    files = [f.read_text(encoding="utf-8") for f in MODELS.glob("*/modeling_*.py")]
+    text = "".join(file for file in files if f"class {owner}(" in file)
+    assert all(f"self.{name} = " in text for name in names)
+
+
+def change_of_output(model: DetachedModel, module: str, part: slice | Tensor) -> float:
+    """Relative change of F when a part of every such module's output is moved under replay."""
+    lin = model.linearize(IDS)
+    ran = []
+
+    def move(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        mode = active_mode()
+        if mode is None or mode.replay is None:
+            return output
+        ran.append(module)
+        change = torch.zeros(output.shape[-1], dtype=output.dtype)
+        change[part] = torch.linspace(1, 2, int(change[part].numel()), dtype=output.dtype)
+        return output + change
+
+    found = [m for name, m in model.decoder.named_modules() if re.search(module, name)]
+    assert found, module
+    handles = [m.register_forward_hook(move) for m in found]
+    try:
+        moved = lin(lin.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran
+    return float((moved - lin.output).norm() / lin.output.norm())
+
+
+def detached(model_type: str, dtype: torch.dtype = torch.float64) -> DetachedModel:
+    return DetachedModel(tiny_model(tiny_config(model_type), dtype))
+
+
+def _third(i: int) -> Any:
+    return lambda width: slice(i * width // 3, (i + 1) * width // 3)
+
+
+def _by_head(i: int, heads: int) -> Any:
+    """The i-th of three parts within each head."""
+
+    def choose(width: int) -> Tensor:
+        part = width // heads // 3
+        return torch.arange(width).view(heads, 3, part)[:, i].flatten()
+
+    return choose
+
+
+CASES = [
+    ("lfm2", r"conv\.in_proj$", [_third(0), _third(1)], _third(2)),
+    ("lfm2_moe", r"conv\.in_proj$", [_third(0), _third(1)], _third(2)),
+    ("lfm3", r"conv\.in_proj$", [_third(0), _third(1)], _third(2)),
+    ("minimax", r"qkv_proj$", [_by_head(0, 4), _by_head(1, 4)], _by_head(2, 4)),
+]
+
+
+@pytest.mark.parametrize(("model_type", "module", "fixed", "value"), CASES)
+def test_only_the_value_of_a_fused_projection_is_linear(
+    model_type: str, module: str, fixed: list[Any], value: Any
+) -> None:
+    model = detached(model_type)
+    projections = dict(model.decoder.named_modules())
+    width = next(p.weight.shape[0] for n, p in projections.items() if re.search(module, n))
+    for part in fixed:
+        assert change_of_output(model, module, part(width)) <= 1e-12
+    assert change_of_output(model, module, value(width)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fixed", "value"),
+    [
+        ("xlstm", r"_layer\.(q|k|igate_preact|fgate_preact|ogate_preact)$", r"_layer\.v$"),
+        ("rwkv", r"attention\.(key|receptance)$", r"attention\.value$"),
+        ("rwkv", r"feed_forward\.receptance$", r"feed_forward\.key$"),
+        ("recurrent_gemma", r"(q_proj|k_proj|block\.linear_y)$", r"block\.linear_x$"),
+        ("mamba", r"mixer\.x_proj$", r"mixer\.out_proj$"),
+        ("gemma3n_text", r"(modality_router|prediction_coefs|q_proj)$", r"\.up_proj$"),
+        ("inkling2_text", r"(weight_proj|q_proj|sink_proj)$", r"v_proj$"),
+    ],
+)  # fmt: skip
+def test_only_the_value_module_is_linear(model_type: str, fixed: str, value: str) -> None:
+    dtype = torch.float32 if model_type == "inkling2_text" else torch.float64  # all it runs in
+    model = detached(model_type, dtype)
+    assert change_of_output(model, fixed, slice(None)) <= 1e-12
+    assert change_of_output(model, value, slice(None)) > 1e-3
+
+
+# ------------------------------------------------------------------- three linear factors
+
+
+def with_mlp(mlp: Any) -> DetachedModel:
+    hf = hf_model("llama")
+
+    class Written(type(hf.model.layers[0].mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return mlp(self, x)
+
+    hf.model.layers[0].mlp.__class__ = Written
+    return DetachedModel(hf)
+
+
+def _linear_attention(m: Any, x: Tensor) -> Tensor:
+    q, k = m.gate_proj(x), m.up_proj(x)
+    return (q @ k.mT).tril() @ x
+
+
+def _state_of_keys_and_values(m: Any, x: Tensor) -> Tensor:
+    q, k = m.gate_proj(x), m.up_proj(x)
+    return q @ (k.mT @ x / 8.0)
+
+
+def _short_convolution(m: Any, x: Tensor) -> Tensor:
+    inner = m.gate_proj(x) * m.up_proj(x)
+    inner = nn.functional.pad(inner, (0, 0, 1, 0))[:, :-1] * 0.5 + inner
+    return m.down_proj(m.up_proj(x) * inner)
+
+
+def _in_one_einsum(m: Any, x: Tensor) -> Tensor:
+    state = torch.einsum("bti,btj->bij", m.gate_proj(x), x)
+    return torch.einsum("bti,bij->btj", m.up_proj(x), state)
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [_linear_attention, _state_of_keys_and_values, _short_convolution, _in_one_einsum],
+    ids=lambda f: f.__name__,
+)
+def test_product_of_three_is_refused_with_the_reason(mlp: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"three linear factors.*layers\.0\.mlp"):
+        with_mlp(mlp).linearize(LLAMA_PROMPT)
+
+
+def test_scores_under_a_softmax_are_no_product_of_three() -> None:
+    def attention(m: Any, x: Tensor) -> Tensor:
+        q, k = m.gate_proj(x), m.up_proj(x)
+        return torch.softmax(q @ k.mT, -1) @ x
+
+    assert with_mlp(attention).linearize(LLAMA_PROMPT).certificate().exact
+
+
+def test_divisor_may_be_any_function_of_the_input() -> None:
+    def normalised(m: Any, x: Tensor) -> Tensor:
+        return x / (1.0 + (m.gate_proj(x) * m.up_proj(x)).square().sum(-1, keepdim=True))
+
+    assert with_mlp(normalised).linearize(LLAMA_PROMPT).certificate().exact
+
+
+# ------------------------------------------------------------------------- what models do
+
+
+def test_no_grad_inside_a_model_does_not_cut_the_linear_path() -> None:
+    def plain(m: Any, x: Tensor) -> Tensor:
+        return m.down_proj(nn.functional.silu(m.gate_proj(x)) * m.up_proj(x))
+
+    def cut(m: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return plain(m, x)
+
+    expected = with_mlp(plain).linearize(LLAMA_PROMPT)
+    found = with_mlp(cut).linearize(LLAMA_PROMPT)
+    assert found.certificate().exact
+    u = torch.randn(32, dtype=torch.float64)
+    assert torch.equal(found.vjp(u), expected.vjp(u))
+    assert torch.is_grad_enabled()
+
+
+def test_everything_is_put_back() -> None:
+    for model_type in ("bloom", "minimax", "xlstm", "mamba2", "recurrent_gemma", "gemma3n_text"):
+        hf = tiny_model(tiny_config(model_type))
+        space = vars(sys.modules[type(hf).__module__])
+        classes = [v for v in space.values() if isinstance(v, type)]
+        before = dict(space), [dict(vars(c)) for c in classes]
+        model = DetachedModel(hf)
+        with pytest.raises(RuntimeError, match="midway"), model.frozen():
+            changed = dict(space) != before[0] or [dict(vars(c)) for c in classes] != before[1]
+            assert changed or model_type == "gemma3n_text"
+            raise RuntimeError("midway")
+        assert dict(space) == before[0]
+        assert [dict(vars(c)) for c in classes] == before[1]
+        assert not any(m._forward_hooks for m in hf.modules())
+
+
+def test_another_thread_computes_the_model_itself() -> None:
+    model = detached("bloom")
+    expected = model.predict(IDS).logits
+    found = []
+
+    def compute() -> None:
+        found.append(model.predict(IDS).logits)
+
+    with model.frozen():
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+    assert torch.allclose(found[0], expected, rtol=1e-12, atol=1e-12)
