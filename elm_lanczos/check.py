@@ -69,10 +69,11 @@ BOUNDS: dict[torch.dtype, dict[str, float]] = {
         "adjoint": 1e-10,
         "affinity": 1e-10,
         "bypass": 1e-12,
+        "raised": 1e-12,
         "fidelity": 1e-5,  # many models compute norms or softmax in float32 whatever their dtype
     },
     torch.float32: dict.fromkeys(
-        ("reconstruction", "leak", "adjoint", "affinity", "bypass", "fidelity"), 1e-5
+        ("reconstruction", "leak", "adjoint", "affinity", "bypass", "raised", "fidelity"), 1e-5
     ),
 }
 """The largest value of each figure that counts as exact, by the dtype computed in."""
@@ -111,6 +112,8 @@ class FamilyReport:
         adjoint: disagreement of Jv and Jᵀu.
         affinity: ‖F(αz₁ + (1−α)z₂) − αF(z₁) − (1−α)F(z₂)‖ / ‖F(αz₁ + (1−α)z₂)‖.
         bypass: relative change of F when queries, keys, gates and routers are moved under replay.
+        raised: frozen forward pass against the model's own code with its casts to a lower precision
+            left out; where only the fidelity is beyond its bound, that is the model's own rounding.
         bias: ‖c‖ / ‖y‖, the share of the output that comes from constants.
         untouched: whether the model was left as it was, bit for bit.
         segments: links of the chain; 1 if the decoder was taken as a whole.
@@ -128,6 +131,7 @@ class FamilyReport:
     adjoint: float | None = None
     affinity: float | None = None
     bypass: float | None = None
+    raised: float | None = None
     bias: float | None = None
     untouched: bool | None = None
     segments: int | None = None
@@ -224,8 +228,8 @@ def _examined(
         figures = _figures(lin, seed)
         misses = [k for k, bound in BOUNDS[dtype].items() if not figures[k] <= bound]
         verdict, reason = Verdict.EXACT, ""
-        if misses == ["fidelity"] and (own := _rounding(lin)) is not None:
-            reason = f"the fidelity is the model's own rounding: {own:.0e} with its casts raised"
+        if misses == ["fidelity"]:
+            reason = f"the model's own rounding is {figures['fidelity']:.0e} (see raised)"
         elif misses:
             verdict, reason = Verdict.WRONG, f"{', '.join(misses)} beyond the bound"
             if where := first_break(model, ids):
@@ -263,6 +267,7 @@ def _figures(lin: Linearization, seed: int) -> dict[str, Any]:
         "adjoint": certificate.adjoint,
         "affinity": _distance(mixed, expected),
         "bypass": _bypass(lin, dict(lin.model.decoder.named_modules())),
+        "raised": _distance(lin.output, raised_output(lin)),
         "bias": float(lin.constant.norm() / lin.output.norm()),
         "segments": len(lin.segments),
         "not_a_chain": lin.not_a_chain,
@@ -304,12 +309,6 @@ def raised_output(lin: Linearization) -> Tensor:
     with torch.no_grad(), evaluating(model.hf_model), weights, mode:
         hidden = model.hidden_states(linear(lin.inputs[None]), lin.ids)
     return hidden[0, lin.position]
-
-
-def _rounding(lin: Linearization) -> float | None:
-    """Fidelity to the model with its own casts raised, if it is of the order of rounding."""
-    distance = _distance(lin.output, raised_output(lin))
-    return distance if distance <= BOUNDS[lin.output.dtype]["reconstruction"] else None
 
 
 def _random_pair(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -688,12 +687,12 @@ def families_table(reports: Iterable[FamilyReport]) -> str:
     if computed:
         lines += [
             "| architecture | verdict | reconstruction | leak | adjoint | affinity | bypass "
-            "| fidelity | bias | segments | dtype |",
-            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+            "| raised | fidelity | bias | segments | dtype |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
         ]
         for r in computed:
-            figures = (r.reconstruction, r.leak, r.adjoint, r.affinity, r.bypass, r.fidelity)
-            cells = [f"`{r.architecture}`", str(r.verdict), *map(_figure, figures)]
+            figures = (r.reconstruction, r.leak, r.adjoint, r.affinity, r.bypass, r.raised)
+            cells = [f"`{r.architecture}`", str(r.verdict), *map(_figure, (*figures, r.fidelity))]
             cells += [f"{r.bias:.2f}" if r.bias else "0", str(r.segments), r.dtype]
             lines.append(f"| {' | '.join(cells)} |")
     explained = [r for r in reports if r.reason]

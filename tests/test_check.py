@@ -206,7 +206,7 @@ def test_sweep_survives_the_death_of_a_process() -> None:
 
 def test_table_has_counts_figures_and_reasons() -> None:
     figures = {"fidelity": 1e-7, "reconstruction": 0.0, "leak": 0.0, "adjoint": 2e-16}
-    figures |= {"affinity": float("nan"), "bypass": 0.0, "bias": 0.5}
+    figures |= {"affinity": float("nan"), "bypass": 0.0, "raised": 1e-15, "bias": 0.5}
     reports = [
         FamilyReport("b", Verdict.REFUSED, "a|b() is not affine"),
         FamilyReport("a", Verdict.EXACT, dtype="float64", **figures, segments=4),
@@ -214,7 +214,7 @@ def test_table_has_counts_figures_and_reasons() -> None:
     ]
     table = families_table(reports)
     assert table.startswith("1 exact (50.0 % of the 2 built), 1 refused, 1 not built, 0 WRONG")
-    assert "| `a` | exact | 0 | 0 | 2e-16 | NaN | 0 | 1e-07 | 0.50 | 4 | float64 |" in table
+    assert "| `a` | exact | 0 | 0 | 2e-16 | NaN | 0 | 1e-15 | 1e-07 | 0.50 | 4 | float64 |" in table
     assert r"| `b` | refused | a\|b() is not affine |" in table
 
 

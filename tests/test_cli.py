@@ -243,3 +243,78 @@ def test_resume_of_a_store_that_is_not_there_starts_it(
     begun = time.monotonic()
     assert command(*given)[0] == 0
     assert time.monotonic() - begun < 60 and len(open_results(out)) == 1
+
+
+# ----------------------------------------------------------------------------------- check
+
+
+def test_check_of_the_bundled_model(command) -> None:
+    code, out, err = command("check")
+    assert code == 0 and err == ""
+    assert out.startswith("speeches-llama  exact")
+    for figure in ("fidelity", "reconstruction", "leak", "adjoint", "affinity", "bypass"):
+        assert figure in out
+    assert "bit for bit as it was" in out and "chain of 9 segments" in out
+
+
+def test_check_prints_json(command, tiny_folder: Path) -> None:
+    code, out, _ = command("check", tiny_folder, "--json", "--text", TEXT, "--gate", "up")
+    report = json.loads(out)
+    assert code == 0 and report["verdict"] == "exact" and report["reconstruction"] <= 1e-5
+
+
+def test_check_of_an_architecture_without_weights(command, files: Path) -> None:
+    for source in ("qwen3", files / "no-weights", files / "no-weights" / "config.json"):
+        code, out, _ = command("check", source, "--random", "--json")
+        report = json.loads(out)
+        assert code == 0 and report["verdict"] == "exact", report
+        assert report["dtype"] == "float64" and report["reconstruction"] <= 1e-12
+
+
+def test_check_that_refuses_ends_with_one_and_names_the_module(command) -> None:
+    code, out, _ = command("check", "cpmant", "--random")
+    assert code == 1 and "refused" in out and "CpmAntForCausalLM" in out
+    code, out, _ = command("check", "t5", "--random")
+    assert code == 1 and "not built" in out
+
+
+def test_check_that_finds_a_wrong_figure_ends_with_three(
+    command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elm_lanczos import check
+
+    bounds = {torch.float64: check.BOUNDS[torch.float64] | {"affinity": 0.0}}
+    monkeypatch.setattr(check, "BOUNDS", bounds)
+    code, out, _ = command("check", "llama", "--random")
+    assert code == 3 and "WRONG" in out and "affinity beyond the bound; first at" in out
+
+
+def test_check_of_all(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from elm_lanczos import architectures
+
+    names = ["cpmant", "llama", "musicgen"]
+    monkeypatch.setattr(architectures, "causal_architectures", lambda: names)
+    out_file = tmp_path / "families.md"
+    code, out, err = command("check", "--all", "--jobs", "2", "--out", out_file)
+    assert code == 0 and str(out_file) in out
+    assert "cpmant  refused" in err and "musicgen  not built" in err and "llama" not in err
+    table = out_file.read_text()
+    assert table.startswith("1 exact (50.0 % of the 2 built), 1 refused, 1 not built, 0 WRONG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", "lama", "--random"), "did you mean 'llama'?"),
+        (("check", "--random"), "--random needs a model type"),
+        (("check", "--all", "llama"), "--all checks every architecture"),
+        (("check", "--out", "x.md"), "--out goes with --all"),
+        (("check", "llama", "--random", "--text", "a"), "--text goes with a model's weights"),
+        (("check", "--gate", "down"), "--gate"),
+        (("check", "no/such/model"), "was not found"),
+        (("check", "--compute-dtype", "int8"), "--compute-dtype"),
+    ],
+)
+def test_mistaken_check_gets_one_line(command, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = command(*arguments)
+    assert code in (1, 2) and message in err and err.count("\n") == 1 and out == ""

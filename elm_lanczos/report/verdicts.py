@@ -13,12 +13,13 @@ from elm_lanczos.check import BOUNDS, FamilyReport, Verdict
 from elm_lanczos.report.text import printable
 
 MEANING = {
-    "fidelity": "frozen forward pass against the model's own",
     "reconstruction": "output against Σ J_i x_i + c",
     "leak": "F(0) with every known constant removed",
     "adjoint": "⟨u, Jv⟩ against ⟨Jᵀu, v⟩",
     "affinity": "F at a mixture of two inputs against the mixture of F",
     "bypass": "change of F when queries, keys, gates and routers move",
+    "raised": "frozen forward pass against the model's, its casts to float32 left out",
+    "fidelity": "frozen forward pass against the model's own",
 }
 """What each figure of a report compares."""
 
