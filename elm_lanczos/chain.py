@@ -55,24 +55,31 @@ class Trace:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module in the traced forward pass."""
+    """One call of a module in the traced forward pass.
+
+    Attributes:
+        module: the module.
+        args: what it was given.
+        kwargs: what it was given by name.
+        output: what it returned.
+        entered: how often each tensor it was given had been changed in place by then, by id.
+        left: how often each tensor it returned had been.
+    """
 
     module: nn.Module
     args: Any
     kwargs: Any
     output: Any
+    entered: dict[int, int]
+    left: dict[int, int]
 
 
 class _NotAChain(Exception):
     """The decoder is not a chain of layers; the message says why."""
 
 
-class _Reached(Exception):
-    """Stops a forward pass where the wanted value is known."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
+class _FirstLayer(Exception):
+    """Stops a forward pass where the first layer is called; holds what it is given."""
 
 
 def trace(
@@ -106,13 +113,13 @@ def trace(
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         # what a layer is given, before it can add to shared dictionaries
-        copied = rebuild(lambda v: v, args), rebuild(lambda v: v, kwargs)
-        pending.append((copied, mode.module))
+        given = rebuild(lambda v: v, args), rebuild(lambda v: v, kwargs)
+        pending.append((given, _versions(given), mode.module))
         mode.module = f"{names[module] or 'decoder'} ({type(module).__name__})"
 
     def leave(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        (args, kwargs), mode.module = pending.pop()
-        call = _Call(module, args, kwargs, output)
+        (args, kwargs), entered, mode.module = pending.pop()
+        call = _Call(module, args, kwargs, output, entered, _versions(output))
         if any(module is layer for layer in model.layers):
             layers.append(call)
         elif module not in inside:
@@ -184,6 +191,9 @@ def _chain(
             raise _NotAChain(f"{name} is not given what the layer before it returns")
         stream = _first_tensor(call.output)
         _require_linear(stream, name)
+        versions = {id(before): call.entered[id(before)], id(stream): call.left[id(stream)]}
+        if versions != _versions((before, stream)):
+            raise _NotAChain(f"the residual stream is changed in place in or after {name}")
         function = _of_stream(call, before)
         segments.append(Segment(names[call.module], function, before.detach(), (call.module,)))
     return (*segments, _final(stream, others, output, position, names))
@@ -219,13 +229,14 @@ def _prelude(model: DetachedModel, ids: Tensor | None) -> Callable[[Tensor], Ten
 
     def run(z: Tensor) -> Tensor:
         def stop(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            raise _Reached(next(v for v in flatten((args, kwargs)) if is_linear(v)))
+            raise _FirstLayer(next(v for v in flatten((args, kwargs)) if is_linear(v)))
 
         hook = model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             model.hidden_states(z, ids)
-        except _Reached as reached:
-            return reached.value
+        except _FirstLayer as reached:
+            stream: Tensor = reached.args[0]
+            return stream
         finally:
             hook.remove()
         raise AssertionError("the first layer was not reached")
@@ -267,6 +278,11 @@ def is_linear(value: Any) -> bool:
 
 def _same_values(left: Tensor, right: Tensor) -> bool:
     return left.numel() == right.numel() and torch.equal(left.reshape(right.shape), right)
+
+
+def _versions(values: Any) -> dict[int, int]:
+    """How often each tensor among these has been changed in place."""
+    return {id(leaf): leaf._version for leaf in flatten(values) if isinstance(leaf, Tensor)}
 
 
 def _first_tensor(output: Any) -> Tensor:

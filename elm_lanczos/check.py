@@ -51,6 +51,7 @@ from elm_lanczos.freezing import (
     flatten,
     kind_of,
     linear,
+    rebuild,
     set_mark,
 )
 from elm_lanczos.model import DetachedModel, evaluating
@@ -82,9 +83,10 @@ _MIX = 0.3  # α of the test that F is affine
 _COEFFICIENTS = re.compile(
     r"^(?!.*(value|kv|_v_|feed_forward\.key))"  # nor a fused projection that holds the values too
     r".*((^|[._])(q|k|query|key)([._]|$)|(^|[._])(q|k|query|key)_\w*(proj|lin)$"
-    r"|(gate|gate_proj|gate_preact|router)$)"
+    r"|(gate|gate_proj|gate_preact|router|receptance)$"
+    r"|(^|\.)([abg]_proj|[fg]_[ab]_proj|x_proj|dt_proj)$)"
 )
-"""Names of modules that compute what is frozen: queries, keys, gates, routers."""
+"""Names of modules that compute what is frozen: queries, keys, gates, routers, decays, steps."""
 
 
 class Verdict(enum.StrEnum):
@@ -111,7 +113,8 @@ class FamilyReport:
         leak: ‖F(0)‖ / ‖y‖ with every additive constant removed.
         adjoint: disagreement of Jv and Jᵀu.
         affinity: ‖F(αz₁ + (1−α)z₂) − αF(z₁) − (1−α)F(z₂)‖ / ‖F(αz₁ + (1−α)z₂)‖.
-        bypass: relative change of F when queries, keys, gates and routers are moved under replay.
+        bypass: relative change of F when queries, keys, gates and routers are moved under replay;
+            None if no module is known by its name to compute such (see `_COEFFICIENTS`).
         raised: frozen forward pass against the model's own code with its casts to a lower precision
             left out; where only the fidelity is beyond its bound, that is the model's own rounding.
         bias: ‖c‖ / ‖y‖, the share of the output that comes from constants.
@@ -226,7 +229,8 @@ def _examined(
         model = detached()
         lin = model.linearize(ids)
         figures = _figures(lin, seed)
-        misses = [k for k, bound in BOUNDS[dtype].items() if not figures[k] <= bound]
+        found = {k: v for k, v in figures.items() if v is not None}
+        misses = [k for k, bound in BOUNDS[dtype].items() if not found.get(k, 0.0) <= bound]
         verdict, reason = Verdict.EXACT, ""
         if misses == ["fidelity"]:
             reason = f"the model's own rounding is {figures['fidelity']:.0e} (see raised)"
@@ -319,31 +323,36 @@ def _random_pair(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return z1, z2
 
 
-def _bypass(lin: Linearization, modules: dict[str, nn.Module]) -> float:
+def _bypass(lin: Linearization, modules: dict[str, nn.Module]) -> float | None:
     """Returns the change of F when those of `modules` that compute coefficients are moved."""
+    moves = 0
 
-    def move(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def move(value: Any) -> Any:
+        nonlocal moves
+        amounts = isinstance(value, Tensor) and value.is_floating_point()
+        if not amounts or kind_of(value) not in (Kind.LINEAR, Kind.NONLINEAR):
+            return value
+        moves += 1
+        change = torch.linspace(-1, 1, value.shape[-1], dtype=value.dtype, device=value.device)
+        return value + change
+
+    def move_under_replay(_module: nn.Module, _args: Any, output: Any) -> Any:
         mode = active_mode()
-        replaying = mode is not None and mode.replay is not None
-        if not replaying or kind_of(output) != Kind.LINEAR:
-            return output
-        return output + torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype).to(
-            output.device
-        )
+        return rebuild(move, output) if mode is not None and mode.replay is not None else output
 
     up = lin.model.gate == "up"  # then gated MLPs go through their gates
     coefficients = [
         module
         for name, module in modules.items()
-        if _COEFFICIENTS.search(name) and not (up and name.endswith("gate_proj"))
+        if _COEFFICIENTS.search(name) and not (up and "gate" in name.rpartition(".")[2])
     ]
-    handles = [module.register_forward_hook(move) for module in coefficients]
+    handles = [module.register_forward_hook(move_under_replay) for module in coefficients]
     try:
         moved = lin(lin.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return _distance(moved, lin.output)
+    return _distance(moved, lin.output) if moves else None
 
 
 def _distance(value: Tensor, expected: Tensor) -> float:
@@ -377,6 +386,12 @@ def _state(hf_model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
         "configurations": {i: repr(vars(config)) for i, config in configs.items()},
         "gradients": [(p.requires_grad, p.grad is None) for p in hf_model.parameters()],
         "weights": {name: (tensor.dtype, checksum(tensor)) for name, tensor in kept},
+        "states": {
+            (name, key): (value.dtype, checksum(value), value.requires_grad)
+            for name, module in modules.items()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_meta
+        },
         "logits": logits,
     }
 
@@ -470,7 +485,8 @@ def first_break(model: DetachedModel, ids: Tensor, *, seed: int = 0) -> Break | 
     def detours() -> Iterator[tuple[str, float]]:
         for path, module in model.decoder.named_modules():
             if _COEFFICIENTS.search(path):
-                yield f"{path} ({type(module).__name__})", _bypass(lin, {path: module})
+                change = _bypass(lin, {path: module})
+                yield f"{path} ({type(module).__name__})", change or 0.0
 
     searches = {"fidelity": departures, "leak": leaks, "affinity": bends, "bypass": detours}
     bounds = BOUNDS[model.compute_dtype]
@@ -513,8 +529,8 @@ def _attempt_bend(detached: Callable[[], DetachedModel], ids: Tensor, seed: int)
     """Where a refused model bends, in words, if it gets so far."""
     try:
         place = _first_bend(detached(), ids, seed)
-    except Exception:  # it was refused because it cannot be run so
-        return None
+    except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError):
+        return None  # it was refused because it cannot be run so
     return None if place is None else f"first not affine: {place}"
 
 

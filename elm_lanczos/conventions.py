@@ -8,8 +8,8 @@ is the value path (`mathematics`: decays, steps, gates, keys and queries are fix
 this module say where it is: adding a model is adding a row. A product of three that no row explains
 is refused (see `freezing.Mark.bilinear`).
 
-While a model is traced, what is named here fixes everything but the value; in other threads, and
-outside a trace, it does what it always does.
+While a model is traced, what is named here fixes everything but the value; where no freezing is
+active, in other threads too, it does what it always does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elm_lanczos.freezing import Freezing, Kind, Mark, active_mode, flatten, mark_of, set_mark
+from elm_lanczos.errors import UnsupportedModelError
+from elm_lanczos.freezing import Freezing, Kind, active_mode, flatten, kind_of, mark_of, rebuild
+from elm_lanczos.rules import as_value
 
 VALUE_ARGUMENT = {
     "mamba_selective_scan": "hidden_states",  # Mamba: Gu & Dao 2023
@@ -95,13 +97,12 @@ def _replaced(
     owner, _, attribute = name.rpartition(".")
     holder = space.get(owner) if owner else None
     if owner and holder is not None and hasattr(holder, attribute):
-        inherited = attribute not in vars(holder)
-        before = getattr(holder, attribute)
-        setattr(holder, attribute, wrap(before, option))
+        own = vars(holder).get(attribute)  # None if it is inherited
+        setattr(holder, attribute, wrap(getattr(holder, attribute), option))
         try:
             yield
         finally:
-            delattr(holder, attribute) if inherited else setattr(holder, attribute, before)
+            delattr(holder, attribute) if own is None else setattr(holder, attribute, own)
     elif not owner and attribute in space:
         before = space[attribute]
         space[attribute] = wrap(before, option)
@@ -122,11 +123,10 @@ def _with_fixed_arguments(function: Callable[..., Any], value: str) -> Callable[
         if mode is None:
             return function(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
+        fix = functools.partial(_fixed, mode)
         for name, argument in bound.arguments.items():
-            if name == value:
-                bound.arguments[name] = _plain(argument)
-            elif isinstance(argument, Tensor):
-                bound.arguments[name] = _fixed(mode, argument)
+            change = as_value if name == value else fix
+            bound.arguments[name] = rebuild(change, argument)
         return function(*bound.args, **bound.kwargs)
 
     return run
@@ -138,11 +138,17 @@ def _with_fixed_parts(function: Callable[..., Any], part: tuple[int, int]) -> Ca
         mode = active_mode()
         if mode is None:
             return function(*args, **kwargs)
-        before, mode.value_part = mode.value_part, part
+        mode.value_part = part
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if mode.value_part is not None:
+                raise UnsupportedModelError(
+                    f"{mode.module}: splits no projection into {part[0]} parts, unlike the code "
+                    "that its convention is written for"
+                )
+            return result
         finally:
-            mode.value_part = before
+            mode.value_part = None
 
     return run
 
@@ -152,20 +158,9 @@ def _fix_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output if mode is None else _fixed(mode, output)
 
 
-def _plain(value: Tensor) -> Tensor:
-    """The value path, no longer taken for the gate of a gated MLP if an activation made it."""
-    mark = mark_of(value)
-    if mark is not None and mark.kind == Kind.LINEAR:
-        value = value.view_as(value)
-        set_mark(value, Mark(Kind.LINEAR))
-    return value
-
-
-def _fixed(mode: Freezing, argument: Tensor) -> Tensor:
-    mark = mark_of(argument)
-    unfixed = mark is not None and mark.kind != Kind.FROZEN
-    fixed: Tensor = mode.freeze(argument) if unfixed else argument
-    return fixed
+def _fixed(mode: Freezing, argument: Any) -> Any:
+    unfixed = kind_of(argument) in (Kind.LINEAR, Kind.NONLINEAR)
+    return mode.freeze(argument) if unfixed else argument
 
 
 # ---------------------------------------------------------------- functions of torch's autograd

@@ -56,6 +56,8 @@ class Mark(NamedTuple):
     """For a `NONLINEAR` tensor: the operation (and module) that made it so."""
     root: Tensor | None = None
     """The one `LINEAR` tensor of the same shape that this one is an elementwise function of."""
+    source: Tensor | None = None
+    """For a `LINEAR` tensor: what it is a projection of, as gate and up of one MLP are."""
     bilinear: bool = False
     """For a `NONLINEAR` tensor: a product of two `LINEAR` ones and nothing else, as `kᵀ v`. To fix
     it where it meets a third would choose, for no reason, which of the three to go through."""
@@ -77,6 +79,8 @@ def set_mark(value: object, mark: Mark | None) -> None:
     if isinstance(value, Tensor):
         if mark is not None and mark.root is value:  # a cycle would keep its graph alive
             mark = mark._replace(root=None)
+        if mark is not None and mark.source is value:
+            mark = mark._replace(source=None)
         value._elm_mark = mark  # type: ignore[attr-defined]
     elif isinstance(value, (tuple, list)):
         for item in value:
@@ -160,7 +164,7 @@ UNTYPED = frozenset(
     "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized requires_grad "
     "size dim numel stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
     "element_size get_device len hash repr format is_leaf grad_fn grad is_nested names itemsize "
-    "nbytes is_inference retain_grad version output_nr device_mesh is_mps is_xpu".split()
+    "nbytes is_inference retain_grad _version output_nr device_mesh is_mps is_xpu".split()
 )
 """Questions about a tensor that do not depend on its values."""
 

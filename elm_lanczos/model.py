@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "speeches-llama"
 """Folder of the small trained model that is used when no other is named."""
+
+_PATCHING = threading.RLock()
+"""Held while something that all models of a class share is replaced."""
 
 DTYPES = {
     "float64": torch.float64,
@@ -261,10 +265,12 @@ class DetachedModel:
         return Prediction(hidden.to(self.compute_dtype), logits[row].to(self.compute_dtype))
 
     def hidden_states(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Runs the decoder with `z` for its token embeddings.
+        """Runs the model with `z` for its token embeddings, as far as its decoder's output.
 
-        Where the ids are known the decoder is given them, and its embedding module gives `z`: some
-        models use ids for more than embeddings (per-layer embeddings, routing by token).
+        It is the whole model that is run, so that the decoder gets the masks and positions that the
+        model around it makes. Where the ids are known it is given them, and its embedding module
+        gives `z`: some models use ids for more than embeddings (per-layer embeddings, routing by
+        token, padding).
 
         Args:
             z: (1, T, d), may be traced.
@@ -274,17 +280,17 @@ class DetachedModel:
             (1, T, m), the hidden states after the final norm.
 
         Raises:
-            UnsupportedModelError: if the decoder cannot be run on what is given.
+            UnsupportedModelError: if the embeddings are not used once and as they are.
         """
-        parameters = inspect.signature(self.decoder.forward).parameters
-        options = {"use_cache": False} if "use_cache" in parameters else {}
-        if ids is None or "input_ids" not in parameters:
-            if "inputs_embeds" not in parameters:
-                raise UnsupportedModelError(f"{self.name}: its decoder takes no embeddings")
-            return last_hidden_state(self.decoder(inputs_embeds=z, **options))
+        options: dict[str, Any] = {"inputs_embeds": z}
+        if ids is not None:
+            options = {"input_ids": ids[None].to(z.device)}
+        parameters = inspect.signature(self.hf_model.forward).parameters.values()
+        if any(p.name == "use_cache" or p.kind == p.VAR_KEYWORD for p in parameters):
+            options["use_cache"] = False
         used: list[Tensor] = []
 
-        def give(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def put_embeddings(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             if output.numel() != z.numel() or output.shape[-1] != z.shape[-1] or used:
                 raise UnsupportedModelError(
                     f"{self.name}: its token embeddings are used more than once, or not as they are"
@@ -292,11 +298,21 @@ class DetachedModel:
             used.append(z)
             return z if output.shape == z.shape else z.reshape(output.shape)
 
-        hook = self.embedding.register_forward_hook(give)
+        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+            raise _DecoderDone(last_hidden_state(output))
+
+        hooks = [self.decoder.register_forward_hook(stop)]
+        if ids is not None:
+            hooks.append(self.embedding.register_forward_hook(put_embeddings))
         try:
-            return last_hidden_state(self.decoder(input_ids=ids[None].to(z.device), **options))
+            self.hf_model(**options)
+        except _DecoderDone as done:
+            states: Tensor = done.args[0]
+            return states
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+        raise UnsupportedModelError(f"{self.name}: its forward pass does not run its decoder")
 
     def head(self, y: Tensor, inputs: Tensor, position: int, ids: Tensor | None = None) -> Tensor:
         """What the model makes of a final hidden state: its own code from there to the logits.
@@ -377,37 +393,58 @@ class DetachedModel:
     def frozen(self) -> Iterator[None]:
         """Puts frozen attention, the conventions, and plain experts in reach of the model's code.
 
-        What is changed for the time being (names of implementations in configs, evaluation mode) is
-        restored afterwards, also after an exception.
+        What is changed for the time being (names of implementations in configs, evaluation mode,
+        functions of modelling files, what modules keep on themselves) is restored afterwards, also
+        after an exception. As some of it belongs to all models of a class, one thread at a time can
+        be here; others wait.
 
         Yields:
             Nothing.
         """
-        register_attention()
-        wanted = {
-            "_attn_implementation_internal": IMPLEMENTATION,
-            "_experts_implementation_internal": "eager",
-        }
-        before = [
-            (config, name, getattr(config, name))
-            for config in self._configs()
-            for name in wanted
-            if hasattr(config, name)
-        ]
-        try:
-            for config, name, _ in before:
-                setattr(config, name, wanted[name])
-            conventions = frozen_conventions(self.hf_model)
-            with evaluating(self.hf_model), conventions, self.storage.plain():
-                yield
-        finally:
-            for config, name, value in before:
-                setattr(config, name, value)
+        with _PATCHING:
+            register_attention()
+            wanted = {
+                "_attn_implementation_internal": IMPLEMENTATION,
+                "_experts_implementation_internal": "eager",
+            }
+            before = [
+                (config, name, getattr(config, name))
+                for config in self._configs()
+                for name in wanted
+                if hasattr(config, name)
+            ]
+            try:
+                for config, name, _ in before:
+                    setattr(config, name, wanted[name])
+                hf_model = self.hf_model
+                kept, conventions = _attributes_kept(hf_model), frozen_conventions(hf_model)
+                with kept, evaluating(hf_model), conventions, self.storage.plain():
+                    yield
+            finally:
+                for config, name, value in before:
+                    setattr(config, name, value)
 
     def _configs(self) -> list[Any]:
         """Every config object that some module of the model holds."""
         held = (getattr(module, "config", None) for module in self.hf_model.modules())
         return list({id(config): config for config in held if config is not None}.values())
+
+
+class _DecoderDone(Exception):
+    """Stops a forward pass behind the decoder; holds its hidden states."""
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what modules keep on themselves from a forward pass, such as a last state."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            for name in attributes.keys() - kept.keys():
+                del attributes[name]
+            attributes.update(kept)
 
 
 def load_tokenizer(source: str | Path | None, **options: Any) -> PreTrainedTokenizerBase | None:

@@ -74,7 +74,7 @@ def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     origin = next((m.origin for m in marks if m.origin), "")
     bilinear = kind == Kind.NONLINEAR and any(m.bilinear for m in marks)
     root = _common_root(func, args, kwargs, result)
-    set_mark(target, Mark(kind, activated, origin, root, bilinear))
+    set_mark(target, Mark(kind, activated, origin, root, _common_source(marks), bilinear))
     return result
 
 
@@ -86,9 +86,25 @@ def split(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     count, value = mode.value_part
     if len(parts) != count:
         return parts
-    fixed = [mode.freeze(part) if i != value else part for i, part in enumerate(parts)]
-    set_mark(fixed[value], Mark(Kind.LINEAR))
-    return tuple(fixed)
+    mode.value_part = None  # one split to a method
+    return tuple(
+        as_value(part) if i == value else mode.freeze(part) for i, part in enumerate(parts)
+    )
+
+
+def as_value(tensor: Tensor) -> Tensor:
+    """Returns a value path that is no longer taken for a gate if an activation made it.
+
+    Args:
+        tensor: any tensor.
+
+    Returns:
+        A view of it without `activated` if it is `LINEAR`, else itself.
+    """
+    if kind_of(tensor) == Kind.LINEAR:
+        tensor = tensor.view_as(tensor)
+        set_mark(tensor, Mark(Kind.LINEAR))
+    return tensor
 
 
 _REDUCTIONS = {"sum", "mean", "cumsum"}
@@ -110,6 +126,13 @@ def _common_root(func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | Non
     root = roots[0] if roots else None
     same = root is not None and all(other is root for other in roots)
     return root if same and root is not None and root.shape == result.shape else None
+
+
+def _common_source(marks: list[Mark]) -> Tensor | None:
+    """What all linear tensors among these are projections of, if it is one tensor."""
+    sources = [m.source for m in marks if m.kind == Kind.LINEAR]
+    same = bool(sources) and all(source is sources[0] for source in sources)
+    return sources[0] if same else None
 
 
 def shaped(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -138,10 +161,11 @@ def _zero(constant: Any) -> Any:
 def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """Bilinear in its first two arguments: elementwise and matrix products.
 
-    `LINEAR · NONLINEAR` freezes the second; `act(g) · u`, elementwise and of one shape as in a
-    gated MLP, freezes `act(g)` (or `u`, by the mode's `gate`); any other product of two `LINEAR`
-    tensors is `NONLINEAR`. A gate times a `NONLINEAR` tensor is `NONLINEAR` too, as both would be
-    coefficients, unless that is one number per row: a norm's scale, an expert's weight.
+    `LINEAR · NONLINEAR` freezes the second; `act(g) · u`, elementwise and of one shape, freezes
+    `act(g)`. Where `g` and `u` are projections of the same tensor, this is a gated MLP, and the
+    mode's `gate` may fix `u` instead. Any other product of two `LINEAR` tensors is `NONLINEAR`. A
+    gate times a `NONLINEAR` tensor is `NONLINEAR` too, as both would be coefficients, unless that
+    is one number per row: a norm's scale, an expert's weight.
 
     Returns:
         The product, marked.
@@ -154,9 +178,10 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     frozen = None
     if kinds == [Kind.LINEAR, Kind.LINEAR]:
         gated = multiplies and args[0].shape == args[1].shape and sum(activated) == 1
-        if gated and root is None and mode.gate == "up":
+        sources = _projected(args)
+        if gated and root is None and mode.gate == "up" and _one_projected(sources):
             frozen = activated.index(False)
-        elif gated:
+        elif gated and not (root is None and _gate_is_mixed(sources, activated)):
             frozen = activated.index(True)
         elif multiplies and args[0] is args[1] and all(activated):  # relu(z)²
             frozen = 1
@@ -172,7 +197,11 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     result = mode.call(func, args, kwargs)
     if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
         by_constant = multiplies and kinds.count(None) == 1 and any(activated)
-        mark = Mark(Kind.LINEAR, by_constant or (root is not None and frozen is not None), "", root)
+        gate = by_constant or (root is not None and frozen is not None)
+        source = next(m.source for m in marks if m and m.kind == Kind.LINEAR)
+        if not multiplies:  # a projection, unless tokens are mixed by a coefficient
+            source = args[kinds.index(Kind.LINEAR)] if None in kinds else None
+        mark = Mark(Kind.LINEAR, gate, "", root, source)
     elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
         mark = mode.nonlinear(func, marks_of(args))._replace(root=root)
         mark = mark._replace(bilinear=root is None and _is_bilinear(marks))
@@ -199,7 +228,27 @@ def _without_convention(mode: Freezing, func: Any, marks: list[Mark | None], mar
 def _is_bilinear(marks: list[Mark | None]) -> bool:
     """Whether a nonlinear product is of two linear tensors, or such a one times a constant."""
     kinds = [m.kind if m else None for m in marks]
-    return kinds.count(Kind.LINEAR) == 2 or (_of_three(marks) and Kind.LINEAR not in kinds)
+    return kinds.count(Kind.LINEAR) >= 2 or (_of_three(marks) and Kind.LINEAR not in kinds)
+
+
+def _projected(factors: Any) -> list[Tensor | None]:
+    """What each of two factors is a projection of; a factor may be that tensor itself."""
+    sources = [_source_of(factor) for factor in factors[:2]]
+    for i, other in enumerate(reversed(sources)):
+        if sources[i] is None and other is not None and root_of(factors[i]) is other:
+            sources[i] = other
+    return sources
+
+
+def _one_projected(sources: list[Tensor | None]) -> bool:
+    """Whether two factors are projections of one tensor, as gate and up of an MLP are."""
+    return sources[0] is not None and sources[0] is sources[1]
+
+
+def _gate_is_mixed(sources: list[Tensor | None], activated: list[bool]) -> bool:
+    """Whether the activated factor is what tokens were mixed into, and the other a projection."""
+    gate = activated.index(True)
+    return sources[gate] is None and sources[1 - gate] is not None
 
 
 _MULTIPLY = {"mul", "multiply"}
@@ -286,19 +335,26 @@ def einsum(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A quotient is a product with the reciprocal: linear in the numerator alone."""
+    """A quotient is a product with the reciprocal, which can only be a coefficient."""
     if kwargs.get("rounding_mode") is not None:
         return coefficient(mode, func, args, kwargs)
-    if mark_of(args[1]) is None:
-        return product(mode, func, args, kwargs)
-    kinds = [kind_of(arg) for arg in args[:2]]
-    if kinds[1] == Kind.FROZEN and kinds[0] is not None:
-        return product(mode, func, args, kwargs)
-    if kinds == [Kind.LINEAR, Kind.NONLINEAR]:  # a divisor is a coefficient, whatever made it
-        divisor = args[1].view_as(args[1])
+    divisor, kinds = args[1], [kind_of(arg) for arg in args[:2]]
+    if kinds[0] is None or kinds[1] == Kind.LINEAR:
+        return _keeping_bilinear(mode, func, args, kwargs)
+    if kinds[1] == Kind.NONLINEAR:  # whatever made it: nothing goes through a divisor
+        divisor = divisor.view_as(divisor)
         set_mark(divisor, Mark(Kind.NONLINEAR, root=root_of(args[1])))
-        return product(mode, func, (args[0], divisor, *args[2:]), kwargs)
-    return coefficient(mode, func, args, kwargs)
+    return product(mode, func, (args[0], divisor, *args[2:]), kwargs)
+
+
+def _keeping_bilinear(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A coefficient that is still a product of two linear tensors if its first argument is."""
+    mark = mark_of(args[0])
+    result = coefficient(mode, func, args, kwargs)
+    made = mark_of(result)
+    if mark is not None and mark.bilinear and made is not None:
+        set_mark(result, made._replace(bilinear=True))
+    return result
 
 
 def matrix_product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -342,8 +398,8 @@ def affine(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 def as_activation(mode: Freezing, value: Tensor) -> Tensor:
     """Turns an elementwise function `f(z)` that a weight is about to multiply into `z · (f(z)/z)`.
 
-    This is how activations written out in torch (xIELU, GELU by hand) are linearised: not until
-    they are used as values are they more than a coefficient.
+    Where `z = 0`, `f(0)` is a constant. This is how activations written out in torch (xIELU, GELU
+    by hand) are linearised: not until they are used as values are they more than a coefficient.
 
     Args:
         mode: the freezing.
@@ -358,10 +414,18 @@ def as_activation(mode: Freezing, value: Tensor) -> Tensor:
         return value
     z = mark.root
     fixed = z.detach()
-    ratio = torch.where(fixed == 0, torch.zeros_like(fixed), value.detach() / fixed)
-    result = z * mode.freeze(ratio)
-    set_mark(result, Mark(Kind.LINEAR, activated=True, root=root_of(z)))
+    zero, none = fixed == 0, torch.zeros_like(fixed)
+    result = z * mode.freeze(torch.where(zero, none, value.detach() / fixed))
+    at_zero = mode.freeze(torch.where(zero, value.detach(), none))
+    if not mode.without_constants:
+        result = result + at_zero
+    set_mark(result, Mark(Kind.LINEAR, True, root=root_of(z), source=_source_of(z)))
     return result
+
+
+def _source_of(value: Any) -> Tensor | None:
+    mark = mark_of(value)
+    return None if mark is None else mark.source
 
 
 def coefficient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -392,6 +456,8 @@ def is_decision(value: Any) -> bool:
 
 def clamped(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """`clamp(z) = z · (clamp(z)/z)` with the ratio frozen; no gate, unlike an activation."""
+    if kind_of(args[0]) != Kind.LINEAR:
+        return _keeping_bilinear(mode, func, args, kwargs)
     result = activation(mode, func, args, kwargs)
     mark = mark_of(result)
     if mark is not None and mark.kind == Kind.LINEAR:
@@ -442,7 +508,22 @@ def activation(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     ratio = mode.call(func, (fixed.clone(), *args[1:]), kwargs) / fixed
     ratio = mode.freeze(torch.where(fixed == 0, at_zero, ratio))
     result = z.mul_(ratio) if in_place else z * ratio
-    set_mark(result, Mark(Kind.LINEAR, activated=True, root=root_of(z)))
+    set_mark(result, Mark(Kind.LINEAR, True, root=root_of(z), source=mark.source))
+    return result
+
+
+def normalize(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`normalize(x, p, dim, eps)`, `x / max(‖x‖, eps)`, with its scale frozen like a norm's."""
+    x = args[0]
+    if kind_of(x) != Kind.LINEAR:
+        return coefficient(mode, func, args, kwargs)
+    names = ("input", "p", "dim", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    power, dim, eps = given.get("p", 2.0), given.get("dim", 1), given.get("eps", 1e-12)
+    x = mode.raise_precision(x)
+    size = torch.linalg.vector_norm(x.detach(), power, dim, keepdim=True).clamp_min(eps)
+    result = x * mode.freeze(size.reciprocal())
+    set_mark(result, Mark(Kind.LINEAR, source=_source_of(args[0])))
     return result
 
 
@@ -490,8 +571,17 @@ def _normalise(
         result = result * mode.raise_precision(weight)
     if bias is not None and not mode.without_constants:
         result = result + mode.raise_precision(bias)
-    set_mark(result, Mark(Kind.LINEAR))
+    set_mark(result, Mark(Kind.LINEAR, source=mark.source))
     return result
+
+
+def triangular_solve(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`solve_triangular(A, B) = A⁻¹ B`: a product with `A⁻¹`, which can only be a coefficient."""
+    if kind_of(args[0]) in (Kind.LINEAR, Kind.NONLINEAR):
+        if kind_of(args[1]) != Kind.LINEAR:
+            return coefficient(mode, func, args, kwargs)
+        args = (mode.freeze(args[0]), *args[1:])
+    return product(mode, func, args, kwargs)
 
 
 def cast(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -535,7 +625,7 @@ _COEFFICIENT = (
     "amax amin maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod prod rdiv "
     "rtruediv threshold erf eq ne lt le gt ge isnan isinf isfinite logical_and logical_or "
     "logical_not bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc "
-    "round floor any all normalize detach data"
+    "round floor any all detach data"
 )
 _DECISION = "item tolist bool int index nonzero_static contains"
 _ELEMENTWISE = frozenset(
@@ -558,7 +648,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_MULTIPLY, product),
     **dict.fromkeys("pow square".split(), square),
     **dict.fromkeys("clamp clamp_min clamp_max clip".split(), clamped),
-    "linalg_solve_triangular": product,
+    "linalg_solve_triangular": triangular_solve,
+    "normalize": normalize,
     **dict.fromkeys("addmm baddbmm addbmm addcmul".split(), fused),
     **dict.fromkeys("div truediv divide".split(), quotient),
     **dict.fromkeys("matmul bmm mm mv".split(), matrix_product),

@@ -7,6 +7,7 @@ coefficients are replayed. What is a coefficient must not be noticed, what is th
 from __future__ import annotations
 
 import ast
+import copy
 import re
 import sys
 import threading
@@ -183,6 +184,21 @@ def _state_of_keys_and_values(m: Any, x: Tensor) -> Tensor:
     return q @ (k.mT @ x / 8.0)
 
 
+def _divided_by_a_coefficient(m: Any, x: Tensor) -> Tensor:
+    q, k = m.gate_proj(x), m.up_proj(x)
+    return q @ (k.mT @ x / (1.0 + k.norm()))
+
+
+def _clamped_state(m: Any, x: Tensor) -> Tensor:
+    q, k = m.gate_proj(x), m.up_proj(x)
+    return q @ (k.mT @ x).clamp(-1e3, 1e3)
+
+
+def _three_in_one_einsum(m: Any, x: Tensor) -> Tensor:
+    q, k = m.gate_proj(x), m.up_proj(x)
+    return torch.einsum("bti,bsi,bsj->btj", q, k, x) + x * 0
+
+
 def _short_convolution(m: Any, x: Tensor) -> Tensor:
     inner = m.gate_proj(x) * m.up_proj(x)
     inner = nn.functional.pad(inner, (0, 0, 1, 0))[:, :-1] * 0.5 + inner
@@ -196,12 +212,35 @@ def _in_one_einsum(m: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "mlp",
-    [_linear_attention, _state_of_keys_and_values, _short_convolution, _in_one_einsum],
+    [
+        _linear_attention,
+        _state_of_keys_and_values,
+        _divided_by_a_coefficient,
+        _clamped_state,
+        _short_convolution,
+        _in_one_einsum,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_product_of_three_is_refused_with_the_reason(mlp: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"three linear factors.*layers\.0\.mlp"):
         with_mlp(mlp).linearize(LLAMA_PROMPT)
+
+
+def test_three_in_one_einsum_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"einsum\(\) in layers\.0\.mlp"):
+        with_mlp(_three_in_one_einsum).linearize(LLAMA_PROMPT)
+
+
+def test_gate_made_of_what_tokens_were_mixed_into_is_refused() -> None:
+    """`silu(mixed) · projection` would go through the projection and fix the value path."""
+
+    def mixed_gate(m: Any, x: Tensor) -> Tensor:
+        P = torch.softmax(m.gate_proj(x) @ m.up_proj(x).mT, -1)
+        return m.down_proj(nn.functional.silu(P @ m.up_proj(x)) * m.gate_proj(x))
+
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0"):
+        with_mlp(mixed_gate).linearize(LLAMA_PROMPT)
 
 
 def test_scores_under_a_softmax_are_no_product_of_three() -> None:
@@ -254,6 +293,53 @@ def test_everything_is_put_back() -> None:
         assert not any(m._forward_hooks for m in hf.modules())
 
 
+def test_two_threads_do_not_undo_each_other() -> None:
+    models = [detached("lfm2") for _ in range(2)]
+    method = type(models[0].layers[0].conv).forward
+    results: list[bool] = []
+
+    def work(model: DetachedModel) -> None:
+        results.extend(model.linearize(IDS).certificate().exact for _ in range(3))
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 6
+    assert type(models[0].layers[0].conv).forward is method
+    assert all(m.hf_model.config._attn_implementation == "sdpa" for m in models)
+
+
+def test_what_modules_keep_on_themselves_is_put_back() -> None:
+    model = detached("recurrent_gemma")
+    model.predict(IDS)
+    states = [vars(m).get("recurrent_states") for m in model.hf_model.modules()]
+    lin = model.linearize(IDS)
+    lin.vjp(torch.randn(lin.shape[1], dtype=torch.float64))
+    after = [vars(m).get("recurrent_states") for m in model.hf_model.modules()]
+    assert any(state is not None for state in states)
+    assert all(a is b for a, b in zip(states, after, strict=True))
+    copy.deepcopy(model.hf_model)
+
+
+def test_split_that_does_not_happen_is_refused() -> None:
+    hf = tiny_model(tiny_config("lfm2"))
+
+    class Other(nn.Module):
+        def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+            return hidden_states * 2
+
+    kind = next(type(layer.conv) for layer in hf.model.layers if hasattr(layer, "conv"))
+    before = kind.forward
+    kind.forward = Other.forward
+    try:
+        with pytest.raises(UnsupportedModelError, match="splits no projection into 3 parts"):
+            DetachedModel(hf).linearize(IDS)
+    finally:
+        kind.forward = before
+
+
 def test_another_thread_computes_the_model_itself() -> None:
     model = detached("bloom")
     expected = model.predict(IDS).logits
@@ -267,3 +353,29 @@ def test_another_thread_computes_the_model_itself() -> None:
         thread.start()
         thread.join()
     assert torch.allclose(found[0], expected, rtol=1e-12, atol=1e-12)
+
+
+# -------------------------------------------------------------------- whatever the gate is
+
+
+@pytest.mark.parametrize("gate", ["frozen", "up"])
+@pytest.mark.parametrize("model_type", ["mamba2", "zamba2", "nemotron_h", "recurrent_gemma"])
+def test_output_gate_of_a_mixer_is_fixed_whatever_the_gate_of_mlps(
+    model_type: str, gate: str
+) -> None:
+    """`y · silu(z)` after a scan is no gated MLP: `gate="up"` must not fix y and go through z."""
+    lin = DetachedModel(tiny_model(tiny_config(model_type)), gate=gate).linearize(IDS)
+    assert lin.certificate().exact or model_type == "zamba2"  # its own rounding: test_check
+    u = torch.randn(4, lin.shape[1], dtype=torch.float64)
+    of_tokens = lin.vjp(u).norm(dim=(0, 2))
+    assert of_tokens.min() > 1e-3 * of_tokens.max()  # earlier tokens come through the scan alone
+
+
+def test_up_goes_through_the_gates_of_mlps_only() -> None:
+    model_types = {"llama": True, "phi3": True, "mixtral": True, "mamba2": False}
+    for model_type, has_gated_mlps in model_types.items():
+        hf = tiny_model(tiny_config(model_type))
+        frozen, up = (DetachedModel(hf, gate=gate).linearize(IDS) for gate in ("frozen", "up"))
+        u = torch.randn(frozen.shape[1], dtype=torch.float64)
+        differ = (frozen.vjp(u) - up.vjp(u)).norm() > 1e-3 * up.vjp(u).norm()
+        assert bool(differ) == has_gated_mlps, model_type

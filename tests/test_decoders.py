@@ -111,6 +111,23 @@ def test_every_implementation_of_experts(model_type: str, implementation: str) -
     assert config._experts_implementation == implementation
 
 
+@pytest.mark.parametrize("change", ["mul_", "add_"])
+def test_stream_changed_in_place_between_layers_is_no_chain(change: str) -> None:
+    hf = hf_model("llama")
+    kind = type(hf.model.layers[0])
+
+    class Changing(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Any, **options: Any) -> Any:
+            out = super().forward(hidden_states, **options)
+            getattr(hidden_states, change)(1.5)  # too late for this layer, not for a later reader
+            return out
+
+    hf.model.layers[1].__class__ = Changing
+    lin = DetachedModel(hf).linearize(LLAMA_PROMPT)
+    assert "in place" in lin.not_a_chain and len(lin.segments) == 1
+    assert lin.certificate().exact
+
+
 def test_hook_on_the_embedding_does_not_outlive_a_refusal() -> None:
     hf = hf_model("llama")
 

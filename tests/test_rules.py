@@ -177,6 +177,33 @@ def test_refused_by_name(mlp: Callable[[Any, Tensor], Tensor]) -> None:
         certificate_with(mlp)
 
 
+def test_value_of_an_activation_at_zero_is_a_constant() -> None:
+    def exponential(m: Any, x: Tensor) -> Tensor:
+        z = m.gate_proj(x)
+        z = z * (z.detach() > 0)  # many exact zeros
+        return m.down_proj(torch.exp(-z) * 1.0)
+
+    hf = hf_model("llama")
+    certificate = certificate_with(exponential)
+    assert certificate.exact, certificate
+    assert certificate.fidelity <= 1e-6 and hf is not None
+
+
+def test_normalize_equals_its_written_out_form() -> None:
+    x, W = torch.randn(5, 4, dtype=F64), torch.randn(4, 4, dtype=F64)
+
+    def jacobian(normalized: Callable[[Tensor], Tensor]) -> Tensor:
+        def run(z: Tensor) -> Tensor:
+            with Freezing(F64, RULES):
+                return normalized(linear(z)) @ W
+
+        return torch.func.jacrev(run)(x)
+
+    fused = jacobian(lambda z: F.normalize(z, dim=-1))
+    written = jacobian(lambda z: z / z.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+    assert torch.allclose(fused, written, rtol=1e-12, atol=1e-12)
+
+
 def test_refusal_names_the_module_whose_code_it_is() -> None:
     def after_a_submodule(m: Any, x: Tensor) -> Tensor:
         return torch.sinc(m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x)))
@@ -220,6 +247,13 @@ def test_both_gate_conventions_are_exact_and_differ(family: str) -> None:
                                  x.view(1, 2, 3)), Kind.LINEAR),
         (lambda x: torch.addcmul(x, x, torch.sigmoid(x)), Kind.LINEAR),
         (lambda x: x.clamp(max=0.0), Kind.LINEAR),
+        (lambda x: F.normalize(x, dim=-1), Kind.LINEAR),
+        (lambda x: torch.linalg.solve_triangular(torch.eye(3, dtype=F64), x.view(3, 2),
+                                                 upper=False), Kind.LINEAR),
+        (lambda x: torch.linalg.solve_triangular(
+            x[:4].view(2, 2), torch.ones(2, 1, dtype=F64), upper=False), Kind.NONLINEAR),
+        (lambda x: torch.sigmoid(x) / (1 + x.abs()), Kind.NONLINEAR),
+        (lambda x: x / x.sum(), Kind.NONLINEAR),
         (lambda x: torch.view_as_real(torch.view_as_complex(x.view(3, 2))), Kind.LINEAR),
         (lambda x: torch.div(x, 2.0, rounding_mode="floor"), Kind.NONLINEAR),
         (lambda x: x.topk(2).values, Kind.NONLINEAR),

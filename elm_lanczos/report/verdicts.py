@@ -50,8 +50,9 @@ def render_report(report: FamilyReport) -> RenderableType:
         table.add_column("what is compared", style="dim")
         for name, bound in BOUNDS[getattr(torch, report.dtype)].items():
             value = getattr(report, name)
-            style = "" if value <= bound else "bold red"
-            table.add_row(name, Text(f"{value:.1e}", style=style), f"{bound:.0e}", MEANING[name])
+            style = "" if value is None or value <= bound else "bold red"
+            shown = "not measured" if value is None else f"{value:.1e}"
+            table.add_row(name, Text(shown, style=style), f"{bound:.0e}", MEANING[name])
         kept = "bit for bit as it was" if report.untouched else "CHANGED"
         chain = f"a chain of {report.segments} segments"
         if report.not_a_chain:
