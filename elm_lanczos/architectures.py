@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from elm_lanczos.errors import ModelError, UsageError
+from elm_lanczos.model import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -521,11 +522,9 @@ def _attempt(what: str, function: Callable[..., Any], *args: Any, **options: Any
 
 
 def _build(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **options)
     return model
 
 

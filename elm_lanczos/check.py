@@ -23,7 +23,7 @@ import resource
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -44,17 +44,14 @@ from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import (
     Freezing,
     Kind,
-    Mark,
-    Rule,
     Tape,
     active_mode,
     flatten,
     kind_of,
     linear,
     rebuild,
-    set_mark,
 )
-from elm_lanczos.model import DetachedModel, evaluating
+from elm_lanczos.model import DetachedModel
 from elm_lanczos.rules import RULES, coefficient
 from elm_lanczos.storage import Storage, checksum
 
@@ -81,7 +78,7 @@ BOUNDS: dict[torch.dtype, dict[str, float]] = {
 
 _MIX = 0.3  # α of the test that F is affine
 _COEFFICIENTS = re.compile(
-    r"^(?!.*(value|kv|_v_|feed_forward\.key))"  # nor a fused projection that holds the values too
+    r"^(?!.*(value|kv|_v_|feed_forward\.key|residual))"  # nor a fused projection that holds the values too
     r".*((^|[._])(q|k|query|key)([._]|$)|(^|[._])(q|k|query|key)_\w*(proj|lin)$"
     r"|(gate|gate_proj|gate_preact|router|receptance)$"
     r"|(^|\.)([abg]_proj|[fg]_[ab]_proj|x_proj|dt_proj)$)"
@@ -271,48 +268,11 @@ def _figures(lin: Linearization, seed: int) -> dict[str, Any]:
         "adjoint": certificate.adjoint,
         "affinity": _distance(mixed, expected),
         "bypass": _bypass(lin, dict(lin.model.decoder.named_modules())),
-        "raised": _distance(lin.output, raised_output(lin)),
+        "raised": certificate.raised,
         "bias": float(lin.constant.norm() / lin.output.norm()),
         "segments": len(lin.segments),
         "not_a_chain": lin.not_a_chain,
     }
-
-
-class _Every(dict[str, Rule]):
-    """A table of rules with another one for all functions that it does not name."""
-
-    def __init__(self, rules: Mapping[str, Rule], other: Rule) -> None:
-        super().__init__(rules)
-        self._other = other
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name, self._other)
-
-
-def _unfrozen(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """What the model computes itself, but never below the working precision."""
-    result = mode.call(func, args, kwargs)
-    target = args[0] if func.__name__ == "__setitem__" else result
-    set_mark(target, Mark(Kind.LINEAR))
-    return result
-
-
-def raised_output(lin: Linearization) -> Tensor:
-    """Runs the model's own code, unfrozen, with its casts to a lower precision left out.
-
-    Args:
-        lin: the linear system of a prompt.
-
-    Returns:
-        (m,), what its output is to be compared with if the model itself computes norms or softmax
-        in float32: the difference to `lin.prediction` is the model's own rounding.
-    """
-    model = lin.model
-    mode = Freezing(model.compute_dtype, _Every({}, _unfrozen))
-    weights = model.storage.plain(raised_to=model.compute_dtype)
-    with torch.no_grad(), evaluating(model.hf_model), weights, mode:
-        hidden = model.hidden_states(linear(lin.inputs[None]), lin.ids)
-    return hidden[0, lin.position]
 
 
 def _random_pair(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -499,11 +459,12 @@ def first_break(model: DetachedModel, ids: Tensor, *, seed: int = 0) -> Break | 
 def _first_bend(model: DetachedModel, ids: Tensor, seed: int) -> Break | None:
     """Finds where a refused model stops being affine: its first layer that is not, once frozen."""
     # operations without a rule count as coefficients here, so that the rest can be run
-    rules, tape, x = _Every(RULES, coefficient), Tape(), model.embed(ids)
+    tape, x = Tape(), model.embed(ids)
     z1, z2 = _random_pair(x, seed)
 
     def run(z: Tensor, **options: Any) -> _Events:
-        mode = Freezing(model.compute_dtype, rules, gate=model.gate, **options)
+        options |= {"gate": model.gate, "default": coefficient}
+        mode = Freezing(model.compute_dtype, RULES, **options)
         recorded = _recorded(model, kinds=(Kind.LINEAR, Kind.NONLINEAR))
         with recorded as events, model.frozen(), torch.no_grad(), mode:
             model.hidden_states(linear(z[None]), ids)

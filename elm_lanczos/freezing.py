@@ -227,6 +227,7 @@ class Freezing(TorchFunctionMode):
         gate: which factor of a gated MLP `act(g) · u` is held fixed: "frozen" fixes `act(g)`, "up"
             fixes `u` and goes through `g` with `act(g)/g` fixed.
         module: name of the module being run, for messages.
+        default: the rule of functions that the table does not name; they are refused without one.
     """
 
     def __init__(
@@ -239,6 +240,7 @@ class Freezing(TorchFunctionMode):
         replay: Tape | None = None,
         without_constants: bool = False,
         module: str = "the model",
+        default: Rule | None = None,
     ) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
@@ -246,6 +248,7 @@ class Freezing(TorchFunctionMode):
         self.replay = replay.rewind() if replay is not None else None
         self.without_constants = without_constants
         self.rules = rules
+        self.default = default
         self.gate = gate
         self.module = module
         self.value_part: tuple[int, int] | None = None
@@ -297,7 +300,7 @@ class Freezing(TorchFunctionMode):
             of_weights = any(isinstance(leaf, nn.Parameter) for leaf in flatten((args, kwargs)))
             floor = self.compute_dtype if of_weights else torch.float32
             return self.call(func, args, kwargs, floor)
-        rule = self.rules.get(name)
+        rule = self.rules.get(name, self.default)
         if rule is not None:
             return rule(self, func, args, kwargs)
         if any(m.kind == Kind.LINEAR for m in marks):

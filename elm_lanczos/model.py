@@ -28,7 +28,7 @@ from elm_lanczos.freezing import Freezing, precision
 from elm_lanczos.storage import Storage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from elm_lanczos.linearization import Linearization
 
@@ -119,7 +119,7 @@ class DetachedModel:
             device: device to move the model to; use `device_map` in `options` for several.
             trust_remote_code: run modelling code that comes with the checkpoint.
             use_safetensors: refuse weights stored as pickles.
-            **options: passed on to `AutoModelForCausalLM.from_pretrained` (`device_map`,
+            **options: passed on to `from_pretrained` of transformers' auto class (`device_map`,
                 `quantization_config`, `revision`, `token`, …).
 
         Returns:
@@ -128,12 +128,15 @@ class DetachedModel:
         Raises:
             ModelError: if it cannot be found, has no weights, or is not a causal language model.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         source = str(BUNDLED_MODEL if name is None else name)
         shared = {k: options[k] for k in ("revision", "token", "cache_dir") if k in options}
         try:
-            hf_model, report = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(
+                source, trust_remote_code=trust_remote_code, **shared
+            )
+            hf_model, report = auto_class(config).from_pretrained(
                 source,
                 dtype=_dtype(dtype) if dtype != "auto" else "auto",
                 trust_remote_code=trust_remote_code,
@@ -245,6 +248,9 @@ class DetachedModel:
 
         Returns:
             The model's own hidden state and logits at that position.
+
+        Raises:
+            UnsupportedModelError: if the decoder does not give a hidden state for every token.
         """
         length = ids_or_embeddings.shape[0]
         position %= length
@@ -261,7 +267,12 @@ class DetachedModel:
         finally:
             hook.remove()
         row = 0 if "logits_to_keep" in options else position
-        hidden = last_hidden_state(caught[-1])[0, position]
+        states = last_hidden_state(caught[-1]) if caught else logits[:0]
+        if states.shape[:2] != (1, length):
+            raise UnsupportedModelError(
+                f"{self.name}: its decoder gives no hidden state for every token"
+            )
+        hidden = states[0, position]
         return Prediction(hidden.to(self.compute_dtype), logits[row].to(self.compute_dtype))
 
     def hidden_states(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -445,6 +456,28 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             for name in attributes.keys() - kept.keys():
                 del attributes[name]
             attributes.update(kept)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Returns transformers' class that loads the language model of a configuration.
+
+    Args:
+        config: any configuration.
+
+    Returns:
+        `AutoModelForCausalLM`, or for a model of images and text `AutoModelForImageTextToText`.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    wrapped = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    only_wrapped = wrapped and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only_wrapped else AutoModelForCausalLM
 
 
 def load_tokenizer(source: str | Path | None, **options: Any) -> PreTrainedTokenizerBase | None:

@@ -454,6 +454,14 @@ def is_decision(value: Any) -> bool:
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
+def unfrozen(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """The function itself, but never below the working precision. For comparison only."""
+    result = mode.call(func, args, kwargs)
+    target = args[0] if func.__name__ == "__setitem__" else result
+    set_mark(target, Mark(Kind.LINEAR))
+    return result
+
+
 def clamped(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """`clamp(z) = z · (clamp(z)/z)` with the ratio frozen; no gate, unlike an activation."""
     if kind_of(args[0]) != Kind.LINEAR:

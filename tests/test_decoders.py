@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from elm_lanczos.architectures import PROMPT, tiny_config, tiny_model
-from elm_lanczos.check import raised_output
 from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.model import DetachedModel
 from tests.families import PROMPT as LLAMA_PROMPT
@@ -94,9 +93,9 @@ def test_decoder_that_takes_no_embeddings_is_refused() -> None:
 def test_raised_output_shows_the_model_s_own_rounding() -> None:
     hf = hf_model("gemma2")  # norms and softmax in float32, whatever the dtype
     lin = DetachedModel(hf).linearize(LLAMA_PROMPT)
-    own, raised = lin.prediction.hidden, raised_output(lin)
-    assert 1e-12 < (lin.output - own).norm() / own.norm() <= 1e-5
-    assert (lin.output - raised).norm() <= 1e-13 * raised.norm()
+    certificate = lin.certificate()
+    assert 1e-12 < certificate.fidelity <= 1e-5
+    assert certificate.raised <= 1e-13
     torch.testing.assert_close(hf(LLAMA_PROMPT[None]).logits[0, -1], lin.prediction.logits)
 
 

@@ -22,6 +22,7 @@ def test_certificate_is_exact_in_float64(family: str) -> None:
     assert certificate.leak <= 1e-13
     assert certificate.adjoint <= 1e-12
     assert certificate.affinity <= 1e-12
+    assert certificate.raised <= 1e-13
     assert certificate.fidelity <= 1e-6  # the models' own norms and softmax compute in float32
     assert certificate.exact
 
@@ -136,7 +137,7 @@ def test_low_precision_storage_does_not_loosen_the_bounds(family: str) -> None:
 
 
 def test_certificate_reports_nan_as_failure() -> None:
-    certificate = Certificate(float("nan"), 0.0, 0.0, 0.0, 0.0)
+    certificate = Certificate(float("nan"), 0.0, 0.0, 0.0, 0.0, 0.0)
     assert certificate.failures == ["fidelity"] and not certificate.exact
 
 

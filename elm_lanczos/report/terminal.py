@@ -155,7 +155,8 @@ def _certificate(result: PromptResult) -> Text:
     else:
         line.append("NOT EXACT: " + ", ".join(figures["failures"]), style="bold red")
     line.append(f" ({figures['dtype']}): ", style="dim")
-    line.append(_figures(figures, "reconstruction", "leak", "adjoint", "affinity", "fidelity"))
+    names = ("reconstruction", "leak", "adjoint", "affinity", "raised", "fidelity")
+    line.append(_figures(figures, *names))
     if figures.get("residual") is not None:
         line.append("\ntriplets: ", style="dim")
         line.append(_figures(figures, "residual", "orthogonality"))
