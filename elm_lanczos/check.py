@@ -51,7 +51,7 @@ from elm_lanczos.freezing import (
     linear,
     rebuild,
 )
-from elm_lanczos.model import DetachedModel
+from elm_lanczos.model import DetachedModel, usable_device
 from elm_lanczos.rules import RULES, coefficient
 from elm_lanczos.storage import Storage, checksum
 
@@ -78,7 +78,7 @@ BOUNDS: dict[torch.dtype, dict[str, float]] = {
 
 _MIX = 0.3  # α of the test that F is affine
 _COEFFICIENTS = re.compile(
-    r"^(?!.*(value|kv|_v_|feed_forward\.key|residual))"  # nor a fused projection that holds the values too
+    r"^(?!.*(value|kv|_v_|feed_forward\.key|residual))"  # nor what holds the values too
     r".*((^|[._])(q|k|query|key)([._]|$)|(^|[._])(q|k|query|key)_\w*(proj|lin)$"
     r"|(gate|gate_proj|gate_preact|router|receptance)$"
     r"|(^|\.)([abg]_proj|[fg]_[ab]_proj|x_proj|dt_proj)$)"
@@ -184,6 +184,9 @@ def check_architecture(
 
     Returns:
         The report; nothing is raised for what transformers or the model does.
+
+    Raises:
+        UsageError: if there is no such device.
     """
     started = time.perf_counter()
     name = architecture if isinstance(architecture, str) else architecture.model_type
@@ -192,7 +195,7 @@ def check_architecture(
     except ModelError as error:
         seconds = time.perf_counter() - started
         return FamilyReport(name, Verdict.NOT_BUILT, str(error), seconds=seconds)
-    hf_model = hf_model.to(device)
+    hf_model = hf_model.to(usable_device(device))
     ids = torch.tensor(PROMPT, device=device)
     detached = functools.partial(DetachedModel, hf_model, gate=gate)
     report = _examined(hf_model, ids, detached, name, hf_model.dtype, seed)

@@ -153,7 +153,7 @@ class DetachedModel:
             )
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **shared)
         if device is not None:
-            hf_model = hf_model.to(_device(device))
+            hf_model = hf_model.to(usable_device(device))
         return cls(hf_model.eval(), tokenizer, compute_dtype=compute_dtype, gate=gate)
 
     def __repr__(self) -> str:
@@ -578,15 +578,26 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-def _device(name: str | torch.device) -> torch.device:
+def usable_device(name: str | torch.device) -> torch.device:
+    """Returns a device that tensors can be made on.
+
+    Args:
+        name: such as `cpu`, `cuda` or `cuda:1`.
+
+    Returns:
+        The device.
+
+    Raises:
+        UsageError: if there is none of that name here.
+    """
     try:
         device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {str(name)!r} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise UsageError("device 'meta' cannot be used: it holds no values")
     return device
 
 
