@@ -29,7 +29,8 @@ figures of the certificate, and whether the model is left as it was, bit for bit
 | reconstruction | `y` with `Σ J_i x_i + c`, `c` by replaying the coefficients at zero |
 | leak | `F(0)` with every known constant removed, with zero |
 | adjoint | `⟨u, Jv⟩` with `⟨Jᵀu, v⟩` |
-| affinity | `F` at a mixture of two random inputs with the mixture of `F` |
+| affinity | `F(z)` with `Jz + c` at a random `z` |
+| mixture | `F` at a mixture of two random inputs with the mixture of `F` |
 | bypass | `F` with itself while queries, keys, gates and routers are moved under replay; \
 – where they share a module with values |
 | raised | the frozen forward pass with the model's own code, its casts to float32 left out |

@@ -146,10 +146,12 @@ def full_config(source: str, **options: Any) -> PreTrainedConfig | str:
     except Exception as error:  # the libraries below raise anything from OSError to TypeError
         close = difflib.get_close_matches(source, list(CONFIG_MAPPING), n=1, cutoff=0.7)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if Path(source).exists():
+            raise ModelError(f"configuration {source} cannot be used: {reason}") from error
         raise ModelError(
             f"{source!r} is no model type of transformers, and no configuration was found there "
-            f"({lines[0][:200] if lines else type(error).__name__}){hint}"
+            f"({reason}){hint}"
         ) from error
     return config
 

@@ -9,6 +9,7 @@ changes it, the decoder is not a chain; then it is one segment, the whole of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elm_lanczos.errors import ModelError, UnsupportedModelError
+from elm_lanczos.errors import ElmLanczosError, ModelError, UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Kind, flatten, linear, mark_of, rebuild
 from elm_lanczos.model import DetachedModel
 
@@ -133,10 +134,12 @@ def trace(
         with torch.no_grad(), model.frozen(), mode:
             x = linear(inputs[None])
             output = model.hidden_states(x, ids)
-    except _TORCH_ERRORS as error:
+    except Exception as error:  # a model's code raises anything at all
+        if isinstance(error, ElmLanczosError) or is_out_of_memory(error):
+            raise
         try:
             model.predict(inputs if ids is None else ids)
-        except _TORCH_ERRORS as own:  # the model itself fails: that is the error to show
+        except Exception as own:  # the model itself fails: that is the error to show
             reason = f"{type(own).__name__}: {_line(own)}"
             raise ModelError(f"{model.name} itself does not run on this input ({reason})") from own
         raise UnsupportedModelError(f"{mode.module}: {first_line(error)}") from error
@@ -151,7 +154,10 @@ def trace(
         return Trace((_whole(model, inputs, position, ids),), output, str(reason))
 
 
-_TORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up: MemoryError, or one of torch's."""
+    said = re.search(r"out of memory|can't allocate memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said is not None)
 
 
 def first_line(error: Exception) -> str:

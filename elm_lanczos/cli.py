@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 from json import dumps
@@ -236,8 +235,12 @@ def check(
     device_map: Annotated[
         str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random vector.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="With --all: how many at once.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random vector.")
+    ] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="With --all: how many at once (default: 1)")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="With --all: write the table here, as Markdown.")
     ] = None,
@@ -253,7 +256,6 @@ def check(
 
     Ends with exit code 0 if it is, 3 if a figure is beyond its bound, 1 if the model is refused.
     """
-    _refuse_contradictions(model, random=random, all_=all_, text=text, out=out)
     from elm_lanczos.config import ModelConfig, validated
 
     given = {
@@ -267,26 +269,38 @@ def check(
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
     }
-    config = validated(ModelConfig, {k: v for k, v in given.items() if v is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    others = {"text": text, "out": out, "jobs": jobs}
+    _refuse_contradictions(given, others, random=random, all_=all_)
+    config = validated(ModelConfig, given)
     _silence_libraries()
     if all_:
-        reports = _check_all(config, seed=seed, jobs=jobs, out=out, json=json)
+        reports = _check_all(config, seed=seed, jobs=jobs or 1, out=out, json=json)
     else:
         reports = [_check_one(config, random=random, text=text, seed=seed, json=json)]
     _judge(reports, one=not all_)
 
 
 def _refuse_contradictions(
-    model: str | None, *, random: bool, all_: bool, text: str | None, out: Path | None
+    given: dict[str, Any], others: dict[str, Any], *, random: bool, all_: bool
 ) -> None:
-    if all_ and (model is not None or random):
+    if all_ and ("model" in given or random):
         raise UsageError("--all checks every architecture: give no model and no --random")
-    if random and model is None:
+    if random and "model" not in given:
         raise UsageError("--random needs a model type, a config.json or a model to be like")
-    if out is not None and not all_:
-        raise UsageError("--out goes with --all")
-    if (all_ or random) and text is not None:
+    if others["out"] is not None:
+        if not all_:
+            raise UsageError("--out goes with --all")
+        others["out"].open("a").close()  # now, not after the sweep
+    if others["jobs"] is not None and not all_:
+        raise UsageError("--jobs goes with --all")
+    if (all_ or random) and others["text"] is not None:
         raise UsageError("random instances have no tokenizer: --text goes with a model's weights")
+    of_weights = {"dtype", "device_map", "allow_pickle"} & given.keys()
+    of_weights |= {"revision", "trust_remote_code"} & given.keys() if all_ else set()
+    if of_weights and (all_ or random):
+        name = min(of_weights).replace("_", "-")
+        raise UsageError(f"--{name} goes with a model's weights; random instances have none")
 
 
 def _check_one(
@@ -312,12 +326,13 @@ def _check_one(
         )
     else:
         model = load_model(config)
-        if model.tokenizer is not None:
+        try:
             ids = model.encode(_SENTENCE if text is None else text)
-        elif text is not None:
-            raise UsageError(f"{model.name} has no tokenizer, so --text cannot be used")
-        else:
+        except UsageError:  # no tokenizer, or one that knows no words
+            if text is not None:
+                raise
             ids = torch.tensor(PROMPT) % model.embedding.weight.shape[0]
+        model.embed(ids)  # raises what is wrong with ids
         report = check_model(model, ids, architecture=model.name, seed=seed)
     if json:
         typer.echo(dumps(report.to_dict()))
@@ -434,7 +449,9 @@ def main() -> None:
         code = _fail(f"{error.strerror or error}: {error.filename or 'output'}", EXIT_ERROR)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RuntimeError as error:
-        if not re.search(r"out of memory|can't allocate memory", str(error)):
+        from elm_lanczos.chain import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         code = _fail("out of memory: try a smaller --batch or --k", EXIT_ERROR)
     sys.exit(code or 0)

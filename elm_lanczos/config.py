@@ -51,7 +51,7 @@ class RunConfig(ModelConfig):
     tokens: str = Field("all", description="positions: all, last:8, 0,5,9 or start:stop:step")
     batch: StrictInt | None = Field(None, ge=1, description="vectors per block")
     top: StrictInt = Field(8, ge=1, le=64, description="decoded words per direction")
-    seed: StrictInt = Field(0, ge=0, description="seed of every random vector")
+    seed: StrictInt = Field(0, ge=0, lt=2**63, description="seed of every random vector")
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> RunConfig:

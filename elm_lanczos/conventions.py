@@ -25,7 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from elm_lanczos.errors import UnsupportedModelError
-from elm_lanczos.freezing import Freezing, Kind, active_mode, flatten, kind_of, mark_of, rebuild
+from elm_lanczos.freezing import (
+    Freezing,
+    Kind,
+    active_mode,
+    flatten,
+    kind_of,
+    mark_of,
+    rebuild,
+    set_mark,
+)
 from elm_lanczos.rules import as_value
 
 VALUE_ARGUMENT = {
@@ -119,7 +128,7 @@ def _with_fixed_arguments(function: Callable[..., Any], value: str) -> Callable[
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        mode = active_mode()
+        mode = _freezing()
         if mode is None:
             return function(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
@@ -127,7 +136,7 @@ def _with_fixed_arguments(function: Callable[..., Any], value: str) -> Callable[
         for name, argument in bound.arguments.items():
             change = as_value if name == value else fix
             bound.arguments[name] = rebuild(change, argument)
-        return function(*bound.args, **bound.kwargs)
+        return rebuild(_as_mixed, function(*bound.args, **bound.kwargs))
 
     return run
 
@@ -135,7 +144,7 @@ def _with_fixed_arguments(function: Callable[..., Any], value: str) -> Callable[
 def _with_fixed_parts(function: Callable[..., Any], part: tuple[int, int]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        mode = active_mode()
+        mode = _freezing()
         if mode is None:
             return function(*args, **kwargs)
         mode.value_part = part
@@ -154,8 +163,21 @@ def _with_fixed_parts(function: Callable[..., Any], part: tuple[int, int]) -> Ca
 
 
 def _fix_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    mode = active_mode()
+    mode = _freezing()
     return output if mode is None else _fixed(mode, output)
+
+
+def _freezing() -> Freezing | None:
+    """The freezing that is active in this thread, unless it only raises precision."""
+    mode = active_mode()
+    return mode if mode is not None and mode.rules else None
+
+
+def _as_mixed(value: Any) -> Any:
+    mark = mark_of(value)
+    if mark is not None and mark.kind == Kind.LINEAR:
+        set_mark(value, mark._replace(activated=False, source=None, mixed=True))
+    return value
 
 
 def _fixed(mode: Freezing, argument: Any) -> Any:
@@ -174,7 +196,7 @@ def _is_autograd_function(value: Any) -> bool:
 def _as_plain_torch(apply: Callable[..., Any], function: Any) -> Callable[..., Any]:
     @functools.wraps(apply)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if active_mode() is None or not any(mark_of(leaf) for leaf in flatten((args, kwargs))):
+        if _freezing() is None or not any(mark_of(leaf) for leaf in flatten((args, kwargs))):
             return apply(*args, **kwargs)
         separate = function.setup_context is not torch.autograd.Function.setup_context
         context = () if separate else (_NoContext(),)

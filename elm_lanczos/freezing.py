@@ -58,6 +58,9 @@ class Mark(NamedTuple):
     """The one `LINEAR` tensor of the same shape that this one is an elementwise function of."""
     source: Tensor | None = None
     """For a `LINEAR` tensor: what it is a projection of, as gate and up of one MLP are."""
+    mixed: bool = False
+    """For a `LINEAR` tensor: coefficients have mixed tokens in it, as in the output of attention,
+    and nothing has been added since."""
     bilinear: bool = False
     """For a `NONLINEAR` tensor: a product of two `LINEAR` ones and nothing else, as `kᵀ v`. To fix
     it where it meets a third would choose, for no reason, which of the three to go through."""
@@ -286,6 +289,7 @@ class Freezing(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "set_grad_enabled":  # a model's own no_grad() must not cut the linear path
             return None
+        args, kwargs = _positional(args, kwargs)
         result = self._apply(name, func, args, kwargs)
         if name in _VIEWS:
             _remember_base(result, args[0])
@@ -294,7 +298,6 @@ class Freezing(TorchFunctionMode):
         return result
 
     def _apply(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = _positional(args, kwargs)
         marks = marks_of(args, kwargs)
         if not marks:
             of_weights = any(isinstance(leaf, nn.Parameter) for leaf in flatten((args, kwargs)))
@@ -409,7 +412,8 @@ def _mark_bases(changed: Any) -> None:
     """What was written into a view is in the tensors it is a view of, too."""
     mark, base = mark_of(changed), getattr(changed, "_elm_base", None)
     while mark is not None and base is not None:
-        before = mark_of(base)
-        if before is None or before.kind < mark.kind:
-            set_mark(base, mark._replace(activated=False, root=None))
+        before = mark_of(base) or mark
+        upper = before if before.kind > mark.kind else mark
+        bilinear = before.bilinear or mark.bilinear
+        set_mark(base, Mark(upper.kind, origin=upper.origin, bilinear=bilinear))
         base = getattr(base, "_elm_base", None)

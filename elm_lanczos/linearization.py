@@ -24,7 +24,7 @@ from torch import Tensor
 from elm_lanczos.chain import first_line, is_linear, trace
 from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Tape, linear
-from elm_lanczos.model import DetachedModel, Prediction, evaluating
+from elm_lanczos.model import DetachedModel, Prediction
 from elm_lanczos.rules import RULES, unfrozen
 from elm_lanczos.storage import slots
 
@@ -340,9 +340,7 @@ class Linearization:
     def _raised_output(self) -> Tensor:
         """Runs the model's own code, unfrozen, with its casts to a lower precision left out."""
         model = self.model
-        mode = Freezing(model.compute_dtype, {}, default=unfrozen)
-        weights = model.storage.plain(raised_to=model.compute_dtype)
-        with torch.no_grad(), evaluating(model.hf_model), weights, mode:
+        with model.unfrozen(), Freezing(model.compute_dtype, {}, default=unfrozen):
             hidden = model.hidden_states(linear(self.inputs[None]), self.ids)
         return hidden[0, self.position]
 

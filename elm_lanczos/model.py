@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "speeches-llama"
 """Folder of the small trained model that is used when no other is named."""
 
+_HUB_OPTIONS = (
+    "revision token cache_dir subfolder local_files_only force_download proxies gguf_file".split()
+)
+"""Options of `from_pretrained` that say where a checkpoint is, for configuration and tokenizer."""
+
 _PATCHING = threading.RLock()
 """Held while something that all models of a class share is replaced."""
 
@@ -131,9 +136,9 @@ class DetachedModel:
         from transformers import AutoConfig
 
         source = str(BUNDLED_MODEL if name is None else name)
-        shared = {k: options[k] for k in ("revision", "token", "cache_dir") if k in options}
+        shared = {k: options[k] for k in _HUB_OPTIONS if k in options}
         try:
-            config = AutoConfig.from_pretrained(
+            config = options.get("config") or AutoConfig.from_pretrained(
                 source, trust_remote_code=trust_remote_code, **shared
             )
             hf_model, report = auto_class(config).from_pretrained(
@@ -261,8 +266,7 @@ class DetachedModel:
         caught: list[Any] = []
         hook = self.decoder.register_forward_hook(lambda _m, _a, output: caught.append(output))
         try:
-            raised = self.storage.plain(raised_to=self.compute_dtype)
-            with torch.no_grad(), evaluating(self.hf_model), raised:
+            with self.unfrozen():
                 logits = self.hf_model(**options, use_cache=False).logits[0]
         finally:
             hook.remove()
@@ -401,6 +405,17 @@ class DetachedModel:
         return Linearization(self, embeddings, position, **options)
 
     @contextlib.contextmanager
+    def unfrozen(self) -> Iterator[None]:
+        """Lets the model run as it is, its weights raised to `compute_dtype` layer by layer.
+
+        Yields:
+            Nothing.
+        """
+        kept, raised = _state_kept(self.hf_model), self.storage.plain(self.compute_dtype)
+        with _PATCHING, kept, evaluating(self.hf_model), raised, torch.no_grad():
+            yield
+
+    @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Puts frozen attention, the conventions, and plain experts in reach of the model's code.
 
@@ -428,7 +443,7 @@ class DetachedModel:
                 for config, name, _ in before:
                     setattr(config, name, wanted[name])
                 hf_model = self.hf_model
-                kept, conventions = _attributes_kept(hf_model), frozen_conventions(hf_model)
+                kept, conventions = _state_kept(hf_model), frozen_conventions(hf_model)
                 with kept, evaluating(hf_model), conventions, self.storage.plain():
                     yield
             finally:
@@ -445,17 +460,43 @@ class _DecoderDone(Exception):
     """Stops a forward pass behind the decoder; holds its hidden states."""
 
 
+_SMALL = 2**18
+"""Entries of a buffer that is copied in case a forward pass changes it in place."""
+
+
 @contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what modules keep on themselves from a forward pass, such as a last state."""
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what modules keep on themselves from a forward pass.
+
+    That is attributes such as a last recurrent state, and buffers such as rotary frequencies that
+    depend on the length of the prompt.
+
+    Args:
+        model: the model.
+
+    Yields:
+        Nothing.
+    """
+    tables = [
+        table for m in model.modules() for table in (vars(m), m._buffers) if isinstance(table, dict)
+    ]
+    before = [(table, dict(table)) for table in tables]
+    copies = [
+        (buffer, buffer._version, buffer.clone())
+        for buffer in model.buffers()
+        if buffer.numel() <= _SMALL and not buffer.is_meta
+    ]
     try:
         yield
     finally:
-        for attributes, kept in before:
-            for name in attributes.keys() - kept.keys():
-                del attributes[name]
-            attributes.update(kept)
+        for table, kept in before:
+            for name in table.keys() - kept.keys():
+                del table[name]
+            table.update(kept)
+        with torch.no_grad():
+            for buffer, version, values in copies:
+                if buffer._version != version:
+                    buffer.copy_(values)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

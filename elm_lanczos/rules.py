@@ -74,7 +74,10 @@ def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     origin = next((m.origin for m in marks if m.origin), "")
     bilinear = kind == Kind.NONLINEAR and any(m.bilinear for m in marks)
     root = _common_root(func, args, kwargs, result)
-    set_mark(target, Mark(kind, activated, origin, root, _common_source(marks), bilinear))
+    linear = [m for m in marks if m.kind == Kind.LINEAR]
+    mixed = bool(linear) and all(m.mixed for m in linear)
+    source = _common_source(linear)
+    set_mark(target, Mark(kind, activated, origin, root, source, mixed, bilinear))
     return result
 
 
@@ -128,9 +131,9 @@ def _common_root(func: Any, args: Any, kwargs: Any, result: Any) -> Tensor | Non
     return root if same and root is not None and root.shape == result.shape else None
 
 
-def _common_source(marks: list[Mark]) -> Tensor | None:
-    """What all linear tensors among these are projections of, if it is one tensor."""
-    sources = [m.source for m in marks if m.kind == Kind.LINEAR]
+def _common_source(linear: list[Mark]) -> Tensor | None:
+    """What all of some linear tensors are projections of, if it is one tensor."""
+    sources = [m.source for m in linear]
     same = bool(sources) and all(source is sources[0] for source in sources)
     return sources[0] if same else None
 
@@ -178,11 +181,8 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     frozen = None
     if kinds == [Kind.LINEAR, Kind.LINEAR]:
         gated = multiplies and args[0].shape == args[1].shape and sum(activated) == 1
-        sources = _projected(args)
-        if gated and root is None and mode.gate == "up" and _one_projected(sources):
-            frozen = activated.index(False)
-        elif gated and not (root is None and _gate_is_mixed(sources, activated)):
-            frozen = activated.index(True)
+        if gated:
+            frozen = _factor_of_gate(mode, args, activated, own=root is not None)
         elif multiplies and args[0] is args[1] and all(activated):  # relu(z)²
             frozen = 1
     elif Kind.LINEAR in kinds and Kind.NONLINEAR in kinds and not _of_three(marks):
@@ -198,10 +198,12 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
         by_constant = multiplies and kinds.count(None) == 1 and any(activated)
         gate = by_constant or (root is not None and frozen is not None)
-        source = next(m.source for m in marks if m and m.kind == Kind.LINEAR)
-        if not multiplies:  # a projection, unless tokens are mixed by a coefficient
-            source = args[kinds.index(Kind.LINEAR)] if None in kinds else None
-        mark = Mark(Kind.LINEAR, gate, "", root, source)
+        linear = args[kinds.index(Kind.LINEAR)]
+        source, mixed = _source_of(linear), _is_mixed(linear)
+        if not multiplies and function_name(func) not in _DIVIDE:  # a matrix
+            mixed = mixed or None not in kinds
+            source = None if mixed else source if source is not None else linear
+        mark = Mark(Kind.LINEAR, gate, "", root, source, mixed)
     elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
         mark = mode.nonlinear(func, marks_of(args))._replace(root=root)
         mark = mark._replace(bilinear=root is None and _is_bilinear(marks))
@@ -231,27 +233,47 @@ def _is_bilinear(marks: list[Mark | None]) -> bool:
     return kinds.count(Kind.LINEAR) >= 2 or (_of_three(marks) and Kind.LINEAR not in kinds)
 
 
-def _projected(factors: Any) -> list[Tensor | None]:
-    """What each of two factors is a projection of; a factor may be that tensor itself."""
+def _factor_of_gate(
+    mode: Freezing, factors: Any, activated: list[bool], *, own: bool
+) -> int | None:
+    """Which factor of `act(g) · u` is held fixed.
+
+    Args:
+        mode: the freezing.
+        factors: the two of them.
+        activated: which of them is `act(g)`.
+        own: whether `u` is a function of `g` as well, as in `g · sigmoid(g)`.
+
+    Returns:
+        Its index, or None if that would fix what tokens were mixed into (the value path) and go
+        through a projection.
+
+    Raises:
+        UnsupportedModelError: if the mode's gate is "up" and it cannot be told whether this is a
+            gated MLP.
+    """
+    gate = activated.index(True)
+    if own:
+        return gate
+    mixed = [_is_mixed(factor) for factor in factors[:2]]
+    if mixed[gate] and not mixed[1 - gate]:
+        return None
+    if mode.gate != "up" or any(mixed):  # the output gate of a mixer is no gated MLP
+        return gate
     sources = [_source_of(factor) for factor in factors[:2]]
     for i, other in enumerate(reversed(sources)):
         if sources[i] is None and other is not None and root_of(factors[i]) is other:
-            sources[i] = other
-    return sources
-
-
-def _one_projected(sources: list[Tensor | None]) -> bool:
-    """Whether two factors are projections of one tensor, as gate and up of an MLP are."""
-    return sources[0] is not None and sources[0] is sources[1]
-
-
-def _gate_is_mixed(sources: list[Tensor | None], activated: list[bool]) -> bool:
-    """Whether the activated factor is what tokens were mixed into, and the other a projection."""
-    gate = activated.index(True)
-    return sources[gate] is None and sources[1 - gate] is not None
+            sources[i] = other  # the very tensor that the other factor is a projection of
+    if any(source is None for source in sources):
+        raise UnsupportedModelError(
+            f"{mode.module}: cannot tell whether a product is a gated MLP, so gate='up' cannot be "
+            "used; gate='frozen' can"
+        )
+    return 1 - gate if sources[0] is sources[1] else gate
 
 
 _MULTIPLY = {"mul", "multiply"}
+_DIVIDE = {"div", "truediv", "divide"}
 
 
 def _broadcast(args: Any) -> Tensor:
@@ -324,7 +346,11 @@ def einsum(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
             kinds = [Kind.FROZEN if k == Kind.NONLINEAR else k for k in kinds]
     result = mode.call(func, (equation, *operands), kwargs)
     if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
-        mark = Mark(Kind.LINEAR)
+        linear = operands[kinds.index(Kind.LINEAR)]
+        mixed = _is_mixed(linear) or Kind.FROZEN in kinds
+        known = _source_of(linear)
+        source = None if mixed else known if known is not None else linear
+        mark = Mark(Kind.LINEAR, source=source, mixed=mixed)
     elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
         mark = mode.nonlinear(func, marks_of(operands))._replace(bilinear=_is_bilinear(marks))
         mark = _without_convention(mode, func, marks, mark)
@@ -340,20 +366,25 @@ def quotient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         return coefficient(mode, func, args, kwargs)
     divisor, kinds = args[1], [kind_of(arg) for arg in args[:2]]
     if kinds[0] is None or kinds[1] == Kind.LINEAR:
-        return _keeping_bilinear(mode, func, args, kwargs)
+        return coefficient_keeping_bilinear(mode, func, args, kwargs)
     if kinds[1] == Kind.NONLINEAR:  # whatever made it: nothing goes through a divisor
         divisor = divisor.view_as(divisor)
         set_mark(divisor, Mark(Kind.NONLINEAR, root=root_of(args[1])))
     return product(mode, func, (args[0], divisor, *args[2:]), kwargs)
 
 
-def _keeping_bilinear(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """A coefficient that is still a product of two linear tensors if its first argument is."""
-    mark = mark_of(args[0])
+def coefficient_keeping_bilinear(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """A coefficient that makes no weights of a product `kᵀ v`: limits, scales, chosen entries.
+
+    Returns:
+        The function's own result, marked.
+    """
+    bilinear = any(m.bilinear for m in marks_of(args, kwargs))
     result = coefficient(mode, func, args, kwargs)
-    made = mark_of(result)
-    if mark is not None and mark.bilinear and made is not None:
-        set_mark(result, made._replace(bilinear=True))
+    for leaf in flatten(result):
+        mark = mark_of(leaf)
+        if bilinear and mark is not None and mark.kind == Kind.NONLINEAR:
+            set_mark(leaf, mark._replace(bilinear=True))
     return result
 
 
@@ -371,7 +402,7 @@ def matrix_product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     ):
         P = mode.freeze(args[0]) if left == Kind.NONLINEAR else args[0]
         result = frozen_product(P, args[1])
-        set_mark(result, Mark(Kind.LINEAR))
+        set_mark(result, Mark(Kind.LINEAR, mixed=True))
         return result
     return product(mode, func, args, kwargs)
 
@@ -419,13 +450,19 @@ def as_activation(mode: Freezing, value: Tensor) -> Tensor:
     at_zero = mode.freeze(torch.where(zero, value.detach(), none))
     if not mode.without_constants:
         result = result + at_zero
-    set_mark(result, Mark(Kind.LINEAR, True, root=root_of(z), source=_source_of(z)))
+    root = root_of(z)
+    set_mark(result, Mark(Kind.LINEAR, True, "", root, _source_of(z), _is_mixed(z)))
     return result
 
 
 def _source_of(value: Any) -> Tensor | None:
     mark = mark_of(value)
     return None if mark is None else mark.source
+
+
+def _is_mixed(value: Any) -> bool:
+    mark = mark_of(value)
+    return mark is not None and mark.mixed
 
 
 def coefficient(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -465,9 +502,14 @@ def unfrozen(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 def clamped(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """`clamp(z) = z · (clamp(z)/z)` with the ratio frozen; no gate, unlike an activation."""
     if kind_of(args[0]) != Kind.LINEAR:
-        return _keeping_bilinear(mode, func, args, kwargs)
+        return coefficient_keeping_bilinear(mode, func, args, kwargs)
+    zero = args[0].detach() == 0
+    at_zero = mode.call(func, (torch.zeros_like(args[0].detach()), *args[1:]), kwargs)
     result = activation(mode, func, args, kwargs)
     mark = mark_of(result)
+    if at_zero.any():
+        offset = mode.freeze(torch.where(zero, at_zero, torch.zeros_like(at_zero)))
+        result = result if mode.without_constants else result.add_(offset)
     if mark is not None and mark.kind == Kind.LINEAR:
         given = mark_of(args[0])
         set_mark(result, mark._replace(activated=given is not None and given.activated))
@@ -516,7 +558,7 @@ def activation(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     ratio = mode.call(func, (fixed.clone(), *args[1:]), kwargs) / fixed
     ratio = mode.freeze(torch.where(fixed == 0, at_zero, ratio))
     result = z.mul_(ratio) if in_place else z * ratio
-    set_mark(result, Mark(Kind.LINEAR, True, root=root_of(z), source=mark.source))
+    set_mark(result, mark._replace(activated=True, root=root_of(z)))
     return result
 
 
@@ -524,14 +566,14 @@ def normalize(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     """`normalize(x, p, dim, eps)`, `x / max(‖x‖, eps)`, with its scale frozen like a norm's."""
     x = args[0]
     if kind_of(x) != Kind.LINEAR:
-        return coefficient(mode, func, args, kwargs)
+        return coefficient_keeping_bilinear(mode, func, args, kwargs)
     names = ("input", "p", "dim", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
     power, dim, eps = given.get("p", 2.0), given.get("dim", 1), given.get("eps", 1e-12)
     x = mode.raise_precision(x)
     size = torch.linalg.vector_norm(x.detach(), power, dim, keepdim=True).clamp_min(eps)
     result = x * mode.freeze(size.reciprocal())
-    set_mark(result, Mark(Kind.LINEAR, source=_source_of(args[0])))
+    set_mark(result, Mark(Kind.LINEAR, source=_source_of(args[0]), mixed=_is_mixed(args[0])))
     return result
 
 
@@ -567,7 +609,7 @@ def _normalise(
     mark = mark_of(x)
     if mark is None or mark.kind != Kind.LINEAR:
         args = (x, shape, weight, bias, eps) if centred else (x, shape, weight, eps)
-        return coefficient(mode, func, args, {})
+        return coefficient_keeping_bilinear(mode, func, args, {})
     dims = tuple(range(-len(shape), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     x = mode.raise_precision(x)
@@ -579,7 +621,7 @@ def _normalise(
         result = result * mode.raise_precision(weight)
     if bias is not None and not mode.without_constants:
         result = result + mode.raise_precision(bias)
-    set_mark(result, Mark(Kind.LINEAR, source=mark.source))
+    set_mark(result, Mark(Kind.LINEAR, source=mark.source, mixed=mark.mixed))
     return result
 
 
@@ -629,12 +671,12 @@ _STRUCTURAL = (
 _CONSTANT = "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"
 _COEFFICIENT = (
     "rsqrt sqrt reciprocal exp exp2 expm1 log log1p log2 softmax log_softmax sigmoid logsigmoid "
-    "log_sigmoid softplus abs sign norm vector_norm linalg_vector_norm var std logsumexp max min "
-    "amax amin maximum minimum cos sin topk sort argsort argmax argmin argtopk cumprod prod rdiv "
-    "rtruediv threshold erf eq ne lt le gt ge isnan isinf isfinite logical_and logical_or "
-    "logical_not bitwise_and bitwise_or bitwise_not and or invert nonzero one_hot bincount histc "
-    "round floor any all detach data"
+    "log_sigmoid softplus sign norm vector_norm linalg_vector_norm var std logsumexp cos sin "
+    "argsort argmax argmin argtopk cumprod prod rdiv rtruediv threshold erf eq ne lt le gt ge "
+    "isnan isinf isfinite logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not "
+    "and or invert nonzero one_hot bincount histc floor any all"
 )
+_KEEPING_BILINEAR = "max min maximum minimum abs detach data amax amin topk sort round"
 _DECISION = "item tolist bool int index nonzero_static contains"
 _ELEMENTWISE = frozenset(
     "add sub rsub mul multiply div truediv where pow square exp expm1 sigmoid softplus tanh erf "
@@ -650,6 +692,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("split chunk tensor_split unbind".split(), split),
     **dict.fromkeys(_CONSTANT.split(), constant),
     **dict.fromkeys(_COEFFICIENT.split(), coefficient),
+    **dict.fromkeys(_KEEPING_BILINEAR.split(), coefficient_keeping_bilinear),
     **dict.fromkeys(_DECISION.split(), decision),
     **dict.fromkeys(_ACTIVATION.split(), activation),
     **dict.fromkeys("add sub rsub subtract".split(), addition),

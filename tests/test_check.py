@@ -20,6 +20,7 @@ from elm_lanczos.check import (
     first_break,
     versions,
 )
+from elm_lanczos.errors import ModelError, UsageError
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.model import DetachedModel
 from tests.test_linearization import Sinc
@@ -153,6 +154,51 @@ def test_linear_path_through_the_queries_is_wrong_and_located() -> None:
     assert "bypass beyond the bound; first at layers.1.mlp.query (Linear)" in report.reason
 
 
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_rounding_of_the_model_is_excused_within_that_of_float32(
+    dtype: torch.dtype, exact: bool
+) -> None:
+    class Rounded(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(100):  # 1e-7, amplified to more than the bound of 1e-5
+                x = (x * 1.0001).to(dtype).to(torch.float64)
+            return self.inner(x)
+
+    hf = llama()
+    for layer in hf.model.layers:
+        layer.mlp = Rounded(layer.mlp)
+    report = check_model(DetachedModel(hf), IDS)
+    assert report.raised is not None and report.raised <= 1e-12
+    assert (report.verdict == Verdict.EXACT) == exact, report.reason
+    if not exact:
+        assert report.verdict == Verdict.WRONG and "fidelity beyond" in report.reason
+
+
+def test_search_that_fails_does_not_hide_a_wrong_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise KeyError("midway")
+
+    monkeypatch.setattr("elm_lanczos.check.first_break", fail)
+    monkeypatch.setattr("elm_lanczos.check._first_bend", fail)
+    hf = llama()
+    hf.model.layers[1].mlp = Drift(hf.model.layers[1].mlp)
+    assert check_model(DetachedModel(hf), IDS).verdict == Verdict.WRONG
+    hf = llama()
+    hf.model.layers[1].mlp = Sinc()
+    assert check_model(DetachedModel(hf), IDS).verdict == Verdict.REFUSED
+
+
+def test_prompt_the_model_cannot_run_and_device_that_is_not_there_are_errors() -> None:
+    with pytest.raises(ModelError, match="itself does not run on this prompt"):
+        check_model(DetachedModel(llama()), torch.tensor([5, 100_000]))
+    with pytest.raises(UsageError, match="cannot be used"):
+        check_all(architectures=["llama"], device="nowhere")
+
+
 def test_exact_model_breaks_nowhere() -> None:
     assert first_break(DetachedModel(llama()), IDS) is None
 
@@ -208,7 +254,13 @@ def test_sweep_survives_the_death_of_a_process() -> None:
 
 def test_table_has_counts_figures_and_reasons() -> None:
     figures = {"fidelity": 1e-7, "reconstruction": 0.0, "leak": 0.0, "adjoint": 2e-16}
-    figures |= {"affinity": float("nan"), "bypass": 0.0, "raised": 1e-15, "bias": 0.5}
+    figures |= {
+        "affinity": float("nan"),
+        "mixture": 0.0,
+        "bypass": 0.0,
+        "raised": 1e-15,
+        "bias": 0.5,
+    }
     reports = [
         FamilyReport("b", Verdict.REFUSED, "a|b() is not affine"),
         FamilyReport("a", Verdict.EXACT, dtype="float64", **figures, segments=4),
@@ -216,7 +268,10 @@ def test_table_has_counts_figures_and_reasons() -> None:
     ]
     table = families_table(reports)
     assert table.startswith("1 exact (50.0 % of the 2 built), 1 refused, 1 not built, 0 WRONG")
-    assert "| `a` | exact | 0 | 0 | 2e-16 | NaN | 0 | 1e-15 | 1e-07 | 0.50 | 4 | float64 |" in table
+    assert (
+        "| `a` | exact | 0 | 0 | 2e-16 | NaN | 0 | 0 | 1e-15 | 1e-07 | 0.50 | 4 | float64 |"
+        in table
+    )
     assert r"| `b` | refused | a\|b() is not affine |" in table
 
 

@@ -283,10 +283,10 @@ def test_check_that_finds_a_wrong_figure_ends_with_three(
 ) -> None:
     from elm_lanczos import check
 
-    bounds = {torch.float64: check.BOUNDS[torch.float64] | {"affinity": 0.0}}
+    bounds = {torch.float64: check.BOUNDS[torch.float64] | {"mixture": 0.0}}
     monkeypatch.setattr(check, "BOUNDS", bounds)
     code, out, _ = command("check", "llama", "--random")
-    assert code == 3 and "WRONG" in out and "affinity beyond the bound; first at" in out
+    assert code == 3 and "WRONG" in out and "mixture beyond the bound; first at" in out
 
 
 def test_check_of_all(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -312,6 +312,12 @@ def test_check_of_all(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         (("check", "llama", "--random", "--text", "a"), "--text goes with a model's weights"),
         (("check", "--gate", "down"), "--gate"),
         (("check", "no/such/model"), "was not found"),
+        (("check", "llama", "--random", "--dtype", "bfloat16"), "--dtype goes with a model's"),
+        (("check", "llama", "--random", "--jobs", "2"), "--jobs goes with --all"),
+        (("check", "--all", "--out", "no/such/folder/x.md"), "No such file or directory"),
+        (("check", "--all", "--revision", "x"), "--revision goes with a model's weights"),
+        (("check", "llama", "--random", "--seed", str(2**64)), "--seed"),
+        (("check", "llama", "--random", "--device", "cuda:77"), "cannot be used"),
         (("check", "--compute-dtype", "int8"), "--compute-dtype"),
     ],
 )

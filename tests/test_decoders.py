@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from elm_lanczos.architectures import PROMPT, tiny_config, tiny_model
@@ -125,6 +128,50 @@ def test_stream_changed_in_place_between_layers_is_no_chain(change: str) -> None
     lin = DetachedModel(hf).linearize(LLAMA_PROMPT)
     assert "in place" in lin.not_a_chain and len(lin.segments) == 1
     assert lin.certificate().exact
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_tables_that_depend_on_the_length_are_left_as_they_were(kind: str) -> None:
+    """Rotary frequencies kept from a long prompt must not be used for a short one."""
+    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+        rope |= factors | {"original_max_position_embeddings": 8}
+
+    def fresh() -> Any:
+        config = transformers.LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8,
+            rope_parameters=rope,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).double().eval()
+
+    long, short = torch.arange(12), torch.arange(6)
+    used = fresh()
+    model = DetachedModel(used)
+    of_long = model.linearize(long)
+    assert of_long.certificate().exact
+    assert model.linearize(short).certificate().exact
+    u = torch.randn(32, dtype=torch.float64)
+    expected = DetachedModel(fresh()).linearize(short).vjp(u)
+    assert torch.equal(model.linearize(short).vjp(u), expected)
+    with torch.no_grad():
+        assert torch.equal(used(short[None]).logits, fresh()(short[None]).logits)
+
+
+def test_options_of_the_hub_reach_the_configuration(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "inner")
+    model = DetachedModel.from_pretrained(tmp_path, subfolder="inner")
+    assert model.hidden_size == 32 and model.tokenizer is not None
+
+
+def test_image_text_model_is_loaded_and_read_as_text(tmp_path: Path) -> None:
+    config = tiny_config("llava")
+    tiny_model(config, torch.float32).save_pretrained(tmp_path)
+    model = DetachedModel.from_pretrained(tmp_path)
+    assert "ForConditionalGeneration" in type(model.hf_model).__name__
+    assert model.linearize(IDS).certificate().exact
 
 
 def test_hook_on_the_embedding_does_not_outlive_a_refusal() -> None:

@@ -183,10 +183,38 @@ def test_value_of_an_activation_at_zero_is_a_constant() -> None:
         z = z * (z.detach() > 0)  # many exact zeros
         return m.down_proj(torch.exp(-z) * 1.0)
 
-    hf = hf_model("llama")
     certificate = certificate_with(exponential)
     assert certificate.exact, certificate
-    assert certificate.fidelity <= 1e-6 and hf is not None
+
+
+def test_clamp_that_moves_zero_is_exact() -> None:
+    def clamped(m: Any, x: Tensor) -> Tensor:
+        return m.down_proj(F.relu(m.gate_proj(x)).clamp(min=0.5))
+
+    certificate = certificate_with(clamped)
+    assert certificate.exact, certificate
+
+
+def test_arguments_may_all_be_given_by_name() -> None:
+    def named(m: Any, x: Tensor) -> Tensor:
+        gate = F.silu(input=torch.unsqueeze(input=m.gate_proj(x), dim=0))
+        table = torch.reshape(input=m.up_proj.weight, shape=m.up_proj.weight.shape)
+        return m.down_proj(torch.squeeze(input=gate, dim=0) * F.linear(x, weight=table))
+
+    assert certificate_with(named).exact
+
+
+@pytest.mark.parametrize("name", ["AssertionError", "ZeroDivisionError", "KeyError"])
+def test_whatever_code_raises_when_frozen_is_a_refusal(name: str) -> None:
+    error = {"AssertionError": AssertionError, "ZeroDivisionError": ZeroDivisionError}
+
+    def fails_when_frozen(m: Any, x: Tensor) -> Tensor:
+        if mark_of(x) is not None:
+            raise error.get(name, KeyError)("frozen")
+        return x
+
+    with pytest.raises(UnsupportedModelError, match=name):
+        certificate_with(fails_when_frozen)
 
 
 def test_normalize_equals_its_written_out_form() -> None:
