@@ -400,9 +400,7 @@ def _write_triplets(
     pending = group.pending()
     members = [[place[t] for t in group.owners()[owner] if t in place] for owner in pending]
     for which, result in solve(batch, plan, members, observer.passes):
-        index = torch.tensor(members[which])
-        contribution = batch.matvec(lin.inputs[list(result.tokens)], index)
-        rows = _rows(group, pending[which], result, contribution, model, config.top)
+        rows = _rows(group, pending[which], result, model, config.top)
         group.write_rows(pending[which], rows)
         group.commit(pending[which])
 
@@ -483,11 +481,11 @@ def _rows(
     group: PromptGroup,
     owner: int,
     result: SVDResult,
-    contribution: Tensor,
     model: DetachedModel,
     top: int,
 ) -> dict[str, Any]:
     words = decode_triplets(result, model, top)
+    assert result.contribution is not None  # tokens have inputs
     computed = {
         "U": result.U,
         "V": result.V,
@@ -496,7 +494,7 @@ def _rows(
         "error_bound": result.error_bound,
         "stable_rank": result.stable_rank,
         "stable_rank_error": result.stable_rank_error,
-        "contribution_norm": contribution.norm(dim=-1),
+        "contribution_norm": result.contribution.norm(dim=-1),
         "n_iter": result.n_iter,
         "status": result.status,
         "u_token": words.u.ids,

@@ -52,6 +52,10 @@ def _decompose(batch: OperatorBatch, plan: Plan, index: Tensor, J: Tensor) -> SV
     U, S, Vt = torch.linalg.svd(torch.where(finite[:, None, None], J, 0.0), full_matrices=False)
     lost = torch.where(finite, 0.0, torch.nan)[:, None, None].to(J)
     U, sigma, V = U[..., :k] + lost, S[:, None, :k] + lost, Vt[:, :k].mT + lost
+    contribution = None
+    if batch.inputs is not None:
+        x = batch.inputs[index].to(J)
+        contribution = (J @ x[..., None])[..., 0] * scale[:, None].to(J)
     residual = torch.maximum(
         (J @ V - sigma * U).double().norm(dim=1), (J.mT @ U - sigma * V).double().norm(dim=1)
     )
@@ -70,6 +74,7 @@ def _decompose(batch: OperatorBatch, plan: Plan, index: Tensor, J: Tensor) -> SV
         n_iter=none + 1,
         n_restarts=none,
         n_reseeds=none.clone(),
+        contribution=contribution,
         passes=batch.shape[1],
     )
     return assemble(batch, plan, index, scale, found)

@@ -346,6 +346,10 @@ class _Found:
         residual = torch.maximum(
             (AV - sigma * U).double().norm(dim=2), (AtU - sigma * V).double().norm(dim=2)
         )
+        batch, contribution = group.batch, None
+        if batch.inputs is not None:
+            group.count(g)
+            contribution = batch.matvec(batch.inputs[group.index], group.index)
         left, right, image = (V, U, AV) if group.turned else (U, V, AtU)
         outside = group.seen - (group.probes @ left.mT) @ image
         sample = outside.double().square().sum(2)
@@ -362,7 +366,8 @@ class _Found:
             n_iter=self.steps,
             n_restarts=self.restarts,
             n_reseeds=self.reseeds,
-            passes=made + 2 * g * k,
+            contribution=contribution,
+            passes=made + 2 * g * k + (0 if contribution is None else g),
         )
 
 

@@ -48,6 +48,7 @@ class SVDResult:
         n_iter: Lanczos steps, or streams (n,).
         n_restarts: Thick restarts (n,).
         n_reseeds: Random vectors that took the place of a Krylov vector at a breakdown (n,).
+        contribution: A_i x_i for the operators' inputs x_i (n, m); None where they have none.
         passes: JVPs and VJPs made.
         tokens: The labels of the operators, n integers.
         method: 'lanczos', 'stream' or 'dense'.
@@ -67,6 +68,7 @@ class SVDResult:
     n_iter: Tensor
     n_restarts: Tensor
     n_reseeds: Tensor
+    contribution: Tensor | None
     passes: int
     tokens: tuple[int, ...]
     method: str
@@ -136,6 +138,7 @@ class Solution:
         n_iter: (g,).
         n_restarts: (g,).
         n_reseeds: (g,).
+        contribution: (g, m), of the operators as they are; None where they have no inputs.
         passes: JVPs and VJPs made.
     """
 
@@ -151,6 +154,7 @@ class Solution:
     n_iter: Tensor
     n_restarts: Tensor
     n_reseeds: Tensor
+    contribution: Tensor | None
     passes: int
 
 
@@ -209,6 +213,7 @@ def assemble(
         n_iter=found.n_iter,
         n_restarts=found.n_restarts,
         n_reseeds=found.n_reseeds,
+        contribution=found.contribution,
         passes=found.passes,
         tokens=tuple(batch.labels[i] for i in index.tolist()),
         method=plan.method,

@@ -4,14 +4,14 @@ One VJP with cotangent e_r yields row r of *every* operator. While the m rows fl
 
     Y[R] = J[R, :] V,      W += J[R, :]ᵀ Y[R],
 
-so one stream gives JV and JᵀJV for a block V of each operator, ‖J‖_F² beside them, and Jᵀu for the
-left vectors found so far; no Jacobian is kept. The next block is what is new in W, orthonormalised
-against all before: block Krylov iteration (Musco & Musco, 2015), started from JᵀΩ with a normal Ω
-as in the randomised range finder (Halko, Martinsson & Tropp, 2011), with Rayleigh–Ritz on JV over
-the whole basis. The columns of each block are ordered by size, so that the rounding errors of W
-are relative to each column and small singular values keep their digits. When the basis is full,
-the leading Ritz vectors take its place (thick restart: Y and W are linear in V); when it spans all
-of R^d the answer is exact.
+so one stream gives JV and JᵀJV for a block V of each operator, ‖J‖_F² and Jx for its input x beside
+them, and Jᵀu for the left vectors found so far; no Jacobian is kept. The next block is what is new
+in W, orthonormalised against all before: block Krylov iteration (Musco & Musco, 2015), started from
+JᵀΩ with a normal Ω as in the randomised range finder (Halko, Martinsson & Tropp, 2011), with
+Rayleigh–Ritz on JV over the whole basis. The columns of each block are ordered by size, so that the
+rounding errors of W are relative to each column and small singular values keep their digits. When
+the basis is full, the leading Ritz vectors take its place (thick restart: Y and W are linear in V);
+when it spans all of R^d the answer is exact.
 """
 
 from __future__ import annotations
@@ -155,6 +155,8 @@ class _Krylov:
         left: Left vectors that go through the next stream beside the images (g, k, m).
         sums: JᵀJ of the block and, behind it, Jᵀ of left, being summed (g, ℓ + k, d).
         squared: ‖J‖_F² (g,) float64.
+        inputs: x (g, d) in the working precision, or None.
+        contribution: Jx (g, m), being filled row by row by the first stream.
         ritz: Triplets of the latest Rayleigh–Ritz.
         best: For each operator the triplets with the smallest residuals so far.
         done: Operators whose best triplets are final (g,) bool.
@@ -175,6 +177,8 @@ class _Krylov:
     left: Tensor
     sums: Tensor
     squared: Tensor
+    inputs: Tensor | None
+    contribution: Tensor
     ritz: _Triplets | None
     best: _Triplets | None
     done: Tensor
@@ -209,6 +213,8 @@ def _begin(batch: OperatorBatch, plan: Plan, index: Tensor, sample: Tensor) -> _
         left=sample.new_zeros(g, 0, m),
         sums=none,
         squared=torch.zeros(g, dtype=torch.float64, device=scale.device),
+        inputs=None if batch.inputs is None else batch.inputs[index].to(sample),
+        contribution=sample.new_zeros(g, m),
         ritz=None,
         best=None,
         done=torch.zeros_like(lost),
@@ -248,6 +254,8 @@ def _absorb(state: _Krylov, start: int, rows: Tensor) -> None:
     state.sums += torch.cat([image, state.left[:, :, start:stop]], 1) @ J
     if state.streams == 0:
         state.squared += torch.linalg.vector_norm(J, dim=(1, 2), dtype=torch.float64) ** 2
+        if state.inputs is not None:
+            state.contribution[:, start:stop] = (J @ state.inputs[..., None])[..., 0]
 
 
 def _advance(state: _Krylov, batch: OperatorBatch, plan: Plan) -> bool:
@@ -341,6 +349,7 @@ def _finish(state: _Krylov, batch: OperatorBatch, plan: Plan) -> SVDResult:
     assert best is not None
     lost = torch.where(state.lost, torch.nan, 0.0).double()
     blank = lost[:, None, None].to(best.U)
+    contribution = state.contribution * state.scale[:, None].to(best.U) + blank[:, 0]
     found = Solution(
         U=best.U + blank,
         S=best.S + lost[:, None],
@@ -354,6 +363,7 @@ def _finish(state: _Krylov, batch: OperatorBatch, plan: Plan) -> SVDResult:
         n_iter=best.streams,
         n_restarts=best.restarts,
         n_reseeds=state.reseeds,
+        contribution=None if state.inputs is None else contribution,
         passes=plan.width + state.streams * batch.shape[1],
     )
     return assemble(batch, plan, state.index, state.scale, found)

@@ -26,3 +26,19 @@ def test_triplets_of_a_transformer(jacobians: torch.Tensor, method: str) -> None
     assert result.converged.all()
     check_triplets(result, jacobians)
     assert result.passes < 1.5 * result.plan.passes[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_contributions_come_with_the_triplets(
+    jacobians: torch.Tensor, method: str, scale: float
+) -> None:
+    """A x for each operator's own input: from the rows that flow by, or one more product."""
+    matrices = jacobians[:, :48, :32].float() * scale
+    x = torch.randn(len(matrices), 32)
+    expected = torch.einsum("nmd,nd->nm", matrices.double(), x.double())
+    result = svd(StackedOperators(matrices, inputs=x), 4, method=method)
+    assert result.contribution is not None
+    error = (result.contribution.double() - expected).norm(dim=1)
+    assert (error <= 1e-6 * expected.norm(dim=1)).all()
+    assert svd(StackedOperators(matrices), 4, method=method).contribution is None
