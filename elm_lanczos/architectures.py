@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from elm_lanczos.errors import ModelError, UsageError
+from elm_lanczos.errors import ModelError, UsageError, first_line
 from elm_lanczos.model import auto_class
 
 if TYPE_CHECKING:
@@ -516,10 +516,8 @@ def _attempt(what: str, function: Callable[..., Any], *args: Any, **options: Any
     try:
         return function(*args, **options)
     except Exception as error:  # configurations and models raise anything at all
-        lines = [
-            line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()
-        ]
-        reason = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        line = first_line(error.__cause__ or error)
+        reason = f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
         raise ModelError(f"{what} fails: {reason}") from error
 
 

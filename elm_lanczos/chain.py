@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elm_lanczos.errors import ElmLanczosError, ModelError, UnsupportedModelError
+from elm_lanczos.errors import (
+    ElmLanczosError,
+    ModelError,
+    UnsupportedModelError,
+    first_line,
+)
 from elm_lanczos.freezing import Freezing, Kind, flatten, linear, mark_of, rebuild
 from elm_lanczos.model import DetachedModel
 
@@ -140,9 +145,9 @@ def trace(
         try:
             model.predict(inputs if ids is None else ids)
         except Exception as own:  # the model itself fails: that is the error to show
-            reason = f"{type(own).__name__}: {_line(own)}"
+            reason = f"{type(own).__name__}: {first_line(own) or 'no message'}"
             raise ModelError(f"{model.name} itself does not run on this input ({reason})") from own
-        raise UnsupportedModelError(f"{mode.module}: {first_line(error)}") from error
+        raise UnsupportedModelError(f"{mode.module}: {not_frozen(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -160,14 +165,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said is not None)
 
 
-def first_line(error: Exception) -> str:
-    """Returns what an error of torch or of a model's code says, in one line."""
-    return f"cannot be run frozen ({type(error).__name__}: {_line(error)})"
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else "no message"
+def not_frozen(error: Exception) -> str:
+    """Returns in one line that a model's code cannot be run frozen, and what it says."""
+    return f"cannot be run frozen ({type(error).__name__}: {first_line(error) or 'no message'})"
 
 
 def _chain(

@@ -26,6 +26,26 @@ if TYPE_CHECKING:
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOT_CERTAIN, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
+# options of every verb that loads a model
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of the model.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="How weights are stored: auto, float64, float32, bfloat16, float16."),
+]
+GateOption = Annotated[
+    str | None, typer.Option(help="Factor of act(g)·u that is fixed: frozen (act(g)) or up.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")]
+DeviceMapOption = Annotated[
+    str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
+]
+TrustOption = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+PickleOption = Annotated[
+    bool | None, typer.Option("--allow-pickle", help="Load weights that are no safetensors.")
+]
+
 app = typer.Typer(
     name="elm-lanczos",
     add_completion=False,
@@ -63,7 +83,7 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="Hugging Face id or folder (default: bundled model)")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    revision: RevisionOption = None,
     k: Annotated[int | None, typer.Option(help="Triplets per token (default: 16)")] = None,
     seq_file: Annotated[
         str | None,
@@ -79,20 +99,13 @@ def run(
     out: Annotated[
         str | None, typer.Option(help="Result store (default: runs/<date>_<time>.zarr)")
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="How weights are stored: auto, float64, float32, bfloat16, float16."),
-    ] = None,
+    dtype: DtypeOption = None,
     compute_dtype: Annotated[
         str | None, typer.Option(help="How everything is computed: float32 or float64.")
     ] = None,
-    gate: Annotated[
-        str | None, typer.Option(help="Factor of act(g)·u that is fixed: frozen (act(g)) or up.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
-    ] = None,
+    gate: GateOption = None,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     method: Annotated[
         str | None, typer.Option(help="auto, lanczos, stream, or dense (default: auto)")
     ] = None,
@@ -116,12 +129,8 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the store at --out.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = None,
-    allow_pickle: Annotated[
-        bool | None, typer.Option("--allow-pickle", help="Load weights that are no safetensors.")
-    ] = None,
+    trust_remote_code: TrustOption = None,
+    allow_pickle: PickleOption = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per prediction.")
     ] = False,
@@ -219,22 +228,15 @@ def check(
         bool, typer.Option("--all", help="Check every causal architecture of transformers so.")
     ] = False,
     text: Annotated[str | None, typer.Option(help="Prompt to check the model on.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="How weights are stored: auto, float64, float32, bfloat16, float16."),
-    ] = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
     compute_dtype: Annotated[
         str | None,
         typer.Option(help="float32 or float64 (default: float64 for random instances)."),
     ] = None,
-    gate: Annotated[
-        str | None, typer.Option(help="Factor of act(g)·u that is fixed: frozen (act(g)) or up.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
-    ] = None,
+    gate: GateOption = None,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random vector.")
     ] = 0,
@@ -244,12 +246,8 @@ def check(
     out: Annotated[
         Path | None, typer.Option(help="With --all: write the table here, as Markdown.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = None,
-    allow_pickle: Annotated[
-        bool | None, typer.Option("--allow-pickle", help="Load weights that are no safetensors.")
-    ] = None,
+    trust_remote_code: TrustOption = None,
+    allow_pickle: PickleOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per model.")] = False,
 ) -> None:
     """Check that a model's linear system is exact, or name the module where it is not.

@@ -19,3 +19,8 @@ class UnsupportedModelError(ModelError):
 
 class StoreError(ElmLanczosError):
     """A result store that cannot be created, resumed or read."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says that is not blank; "" if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from elm_lanczos.chain import first_line, is_linear, trace
+from elm_lanczos.chain import is_linear, not_frozen, trace
 from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Tape, linear
 from elm_lanczos.model import DetachedModel, Prediction
@@ -233,7 +233,7 @@ class Linearization:
             try:
                 out, pull_back = torch.func.vjp(frozen, segment.input)[:2]
             except RuntimeError as error:  # an operation torch.func cannot transform
-                raise UnsupportedModelError(f"{segment.name}: {first_line(error)}") from error
+                raise UnsupportedModelError(f"{segment.name}: {not_frozen(error)}") from error
         push_forward: list[Callable[[Tensor], Any]] = []
 
         def vjp(cotangents: Tensor) -> Tensor:
@@ -327,15 +327,11 @@ class Linearization:
         """(m,), the constant `c = F(0)` that biases leave behind."""
         return self(torch.zeros_like(self.inputs))
 
-    @property
-    def given(self) -> Tensor:
-        """What the prompt was given as: (T,) ids, or (T, d) embeddings."""
-        return self.inputs if self.ids is None else self.ids
-
     @cached_property
     def prediction(self) -> Prediction:
         """What the untouched model computes for the same input at the same position."""
-        return self.model.predict(self.given, self.position)
+        given = self.inputs if self.ids is None else self.ids
+        return self.model.predict(given, self.position)
 
     def _raised_output(self) -> Tensor:
         """Runs the model's own code, unfrozen, with its casts to a lower precision left out."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from elm_lanczos.attention import IMPLEMENTATION, register_attention
 from elm_lanczos.conventions import frozen_conventions
-from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError
+from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError, first_line
 from elm_lanczos.freezing import Freezing, precision
 from elm_lanczos.storage import Storage
 
@@ -651,13 +651,13 @@ def _few(names: list[str]) -> str:
 
 
 def _why_not_loaded(source: str, error: Exception) -> str:
-    first_line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    reason = first_line(error) or repr(error)
     if not Path(source).exists() and isinstance(error, OSError):
         return (
             f"model {source!r} was not found: it is no local folder, and could not be fetched from "
-            f"the Hugging Face hub ({first_line.strip()[:200]})"
+            f"the Hugging Face hub ({reason[:200]})"
         )
-    return f"model {source!r} cannot be loaded: {first_line.strip()[:300]}"
+    return f"model {source!r} cannot be loaded: {reason[:300]}"
 
 
 def _refuse_weights_that_are_not_finite(storage: Storage) -> None:

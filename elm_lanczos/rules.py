@@ -202,7 +202,7 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         source, mixed = _source_of(linear), _is_mixed(linear)
         if not multiplies and function_name(func) not in _DIVIDE:  # a matrix
             mixed = mixed or None not in kinds
-            source = None if mixed else source if source is not None else linear
+            source = None if mixed else _projected_from(linear)
         mark = Mark(Kind.LINEAR, gate, "", root, source, mixed)
     elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
         mark = mode.nonlinear(func, marks_of(args))._replace(root=root)
@@ -348,8 +348,7 @@ def einsum(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
         linear = operands[kinds.index(Kind.LINEAR)]
         mixed = _is_mixed(linear) or Kind.FROZEN in kinds
-        known = _source_of(linear)
-        source = None if mixed else known if known is not None else linear
+        source = None if mixed else _projected_from(linear)
         mark = Mark(Kind.LINEAR, source=source, mixed=mixed)
     elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
         mark = mode.nonlinear(func, marks_of(operands))._replace(bilinear=_is_bilinear(marks))
@@ -458,6 +457,12 @@ def as_activation(mode: Freezing, value: Tensor) -> Tensor:
 def _source_of(value: Any) -> Tensor | None:
     mark = mark_of(value)
     return None if mark is None else mark.source
+
+
+def _projected_from(linear: Tensor) -> Tensor:
+    """What a projection of a linear tensor is a projection of: its own source, or itself."""
+    source = _source_of(linear)
+    return linear if source is None else source
 
 
 def _is_mixed(value: Any) -> bool:

@@ -7,6 +7,7 @@ nothing of `elm_lanczos`, so that its autograd Jacobian is an independent oracle
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,18 @@ def detached_model(
 ) -> DetachedModel:
     """Returns the random model wrapped."""
     return DetachedModel(hf_model(family, dtype), **options)
+
+
+def with_mlp(mlp: Callable[[Any, Tensor], Tensor], **options: Any) -> DetachedModel:
+    """Returns a wrapped Llama whose first layer has another MLP, `mlp(module, x)`."""
+    hf = hf_model("llama")
+
+    class Written(type(hf.model.layers[0].mlp)):  # type: ignore[misc]  # a class not known before
+        def forward(self, x: Tensor) -> Tensor:
+            return mlp(self, x)
+
+    hf.model.layers[0].mlp.__class__ = Written
+    return DetachedModel(hf, **options)
 
 
 def hand_frozen_output(hf: Any, x: Tensor, position: int = -1, gate: str = "frozen") -> Tensor:

@@ -25,7 +25,7 @@ from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.freezing import active_mode
 from elm_lanczos.model import DetachedModel
 from tests.families import PROMPT as LLAMA_PROMPT
-from tests.families import hf_model
+from tests.families import with_mlp
 
 F = nn.functional
 IDS = torch.tensor(PROMPT)
@@ -162,17 +162,6 @@ def test_only_the_value_module_is_linear(model_type: str, fixed: str, value: str
 
 
 # ------------------------------------------------------------------- three linear factors
-
-
-def with_mlp(mlp: Any, **options: Any) -> DetachedModel:
-    hf = hf_model("llama")
-
-    class Written(type(hf.model.layers[0].mlp)):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Tensor:
-            return mlp(self, x)
-
-    hf.model.layers[0].mlp.__class__ = Written
-    return DetachedModel(hf, **options)
 
 
 def _linear_attention(m: Any, x: Tensor) -> Tensor:

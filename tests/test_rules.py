@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Kind, linear, mark_of
 from elm_lanczos.linearization import Certificate
-from elm_lanczos.model import DetachedModel
 from elm_lanczos.rules import RULES
-from tests.families import PROMPT, detached_model, hf_model
+from tests.families import PROMPT, detached_model, with_mlp
 
 F = nn.functional
 F64 = torch.float64
@@ -22,14 +21,7 @@ F64 = torch.float64
 
 def certificate_with(mlp: Callable[[nn.Module, Tensor], Tensor]) -> Certificate:
     """The certificate of a Llama whose first layer has another MLP."""
-    hf = hf_model("llama")
-
-    class Written(type(hf.model.layers[0].mlp)):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Tensor:
-            return mlp(self, x)
-
-    hf.model.layers[0].mlp.__class__ = Written
-    return DetachedModel(hf).linearize(PROMPT).certificate()
+    return with_mlp(mlp).linearize(PROMPT).certificate()
 
 
 def _squared_relu(m: Any, x: Tensor) -> Tensor:
