@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from elm_lanczos.chain import is_linear, not_frozen, trace
+from elm_lanczos.chain import is_linear, is_out_of_memory, not_frozen, trace
 from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Tape, linear
 from elm_lanczos.model import DetachedModel, Prediction
@@ -233,6 +233,8 @@ class Linearization:
             try:
                 out, pull_back = torch.func.vjp(frozen, segment.input)[:2]
             except RuntimeError as error:  # an operation torch.func cannot transform
+                if is_out_of_memory(error):
+                    raise
                 raise UnsupportedModelError(f"{segment.name}: {not_frozen(error)}") from error
         push_forward: list[Callable[[Tensor], Any]] = []
 

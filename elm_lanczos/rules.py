@@ -305,28 +305,28 @@ def square(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def fused(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
-    """`addmm`, `baddbmm`, `addcmul`: a sum of a first argument and a product, `β a + α b·c`."""
-    names = ("input", "a", "b")
-    start, left, right = _arguments(args, {k: v for k, v in kwargs.items() if k == "input"}, names)
-    left = (
-        left
-        if left is not None
-        else kwargs.get("mat1", kwargs.get("batch1", kwargs.get("tensor1")))
-    )
-    right = (
-        right
-        if right is not None
-        else kwargs.get("mat2", kwargs.get("batch2", kwargs.get("tensor2")))
-    )
+    """`addmm`, `baddbmm`, `addbmm`, `addcmul`: a sum of a tensor and a product, `β a + α b·c`."""
+    name = function_name(func)
+    start, left, right = _arguments(args, kwargs, ("input", *_FACTORS[name]))
     with mode:
-        if function_name(func) == "addcmul":
+        if name == "addcmul":
             return start + kwargs.get("value", 1) * (left * right)
         scaled = left @ right
+        scaled = scaled.sum(0) if name == "addbmm" else scaled
         alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
         scaled = scaled if alpha == 1 else scaled * alpha
         if beta == 0:
             return scaled
         return (start if beta == 1 else start * beta) + scaled
+
+
+_FACTORS = {
+    "addmm": ("mat1", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+    "addbmm": ("batch1", "batch2"),
+    "addcmul": ("tensor1", "tensor2"),
+}
+"""Names of the two factors of each fused product."""
 
 
 def einsum(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -706,7 +706,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("clamp clamp_min clamp_max clip".split(), clamped),
     "linalg_solve_triangular": triangular_solve,
     "normalize": normalize,
-    **dict.fromkeys("addmm baddbmm addbmm addcmul".split(), fused),
+    **dict.fromkeys(_FACTORS, fused),
     **dict.fromkeys("div truediv divide".split(), quotient),
     **dict.fromkeys("matmul bmm mm mv".split(), matrix_product),
     **dict.fromkeys("linear conv1d".split(), affine),

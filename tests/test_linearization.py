@@ -136,6 +136,16 @@ def test_low_precision_storage_does_not_loosen_the_bounds(family: str) -> None:
     assert all(torch.equal(p, before[name]) for name, p in hf.named_parameters())
 
 
+def test_out_of_memory_is_not_called_an_unsupported_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    lin = detached_model("llama").linearize(PROMPT)
+    monkeypatch.setattr(torch.func, "vjp", fail)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        lin.vjp(torch.zeros(32, dtype=torch.float64))
+
+
 def test_certificate_reports_nan_as_failure() -> None:
     certificate = Certificate(float("nan"), 0.0, 0.0, 0.0, 0.0, 0.0)
     assert certificate.failures == ["fidelity"] and not certificate.exact

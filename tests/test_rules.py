@@ -224,6 +224,23 @@ def test_normalize_equals_its_written_out_form() -> None:
     assert torch.allclose(fused, written, rtol=1e-12, atol=1e-12)
 
 
+def test_fused_products_equal_torch_s_own() -> None:
+    a, b = torch.randn(2, 3, 4, dtype=F64), torch.randn(2, 4, 5, dtype=F64)
+    flat, stacked = torch.randn(3, 5, dtype=F64), torch.randn(2, 3, 5, dtype=F64)
+    cases: list[Callable[[Tensor], Tensor]] = [
+        lambda x: torch.addbmm(flat, x, b, beta=0.5, alpha=2.0),
+        lambda x: torch.baddbmm(stacked, x, batch2=b, beta=0),
+        lambda x: torch.addmm(flat, x[0], b[0], alpha=3.0),
+        lambda x: torch.addcmul(a, x, tensor2=a.cos(), value=2.0),
+    ]
+    for case in cases:
+        with torch.no_grad(), Freezing(F64, RULES):
+            found = case(linear(a))
+        assert torch.allclose(found, case(a), rtol=1e-12, atol=1e-12)
+        mark = mark_of(found)
+        assert mark is not None and mark.kind == Kind.LINEAR
+
+
 def test_refusal_names_the_module_whose_code_it_is() -> None:
     def after_a_submodule(m: Any, x: Tensor) -> Tensor:
         return torch.sinc(m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x)))
