@@ -8,6 +8,9 @@ coefficient, and without it computes ordinary attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +20,16 @@ from elm_lanczos.errors import UnsupportedModelError
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """`P @ V` for a fixed `P`: linear in V, and one matrix product for a whole block of vectors.
+    """`P V` for a fixed `P`, whose groups of rows share one V: linear in V.
 
     Under `vmap` the block of vectors is folded into V's columns, so that P is read once for all of
-    them; its derivative is the same function with P transposed, so it can be transposed again.
+    them and the product is one large one; its derivative is the product with `Pᵀ`, and that one's
+    is this again, so it can be transposed any number of times.
     """
 
     @staticmethod
     def forward(P: Tensor, V: Tensor) -> Tensor:
-        return torch.bmm(P, V)
+        return torch.bmm(P.flatten(1, 2), V).unflatten(1, P.shape[1:3])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -33,37 +37,80 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (P,) = ctx.saved_tensors
-        return None, _FrozenProduct.apply(P.mT, grad)
+        return None, _FrozenTransposed.apply(ctx.saved_tensors[0], grad)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, int | None], P: Tensor, V: Tensor
-    ) -> tuple[Tensor, int]:
-        dim = in_dims[1]
-        V = V.expand(info.batch_size, *V.shape) if dim is None else V.movedim(dim, 0)
-        if in_dims[0] is not None:
-            return torch.matmul(P.movedim(in_dims[0], 0), V), 0
-        block, n, rows, columns = V.shape
-        folded = V.permute(1, 2, 0, 3).reshape(n, rows, block * columns)
-        out = _FrozenProduct.apply(P, folded)
-        return out.view(n, P.shape[1], block, columns).permute(2, 0, 1, 3), 0
+    def vmap(info: Any, in_dims: _Dims, P: Tensor, V: Tensor) -> tuple[Tensor, int]:
+        return _folded(_FrozenProduct, info, in_dims, P, V)
+
+
+class _FrozenTransposed(torch.autograd.Function):
+    """`Pᵀ G` for a fixed `P`, summed over the groups of rows that share one V."""
+
+    @staticmethod
+    def forward(P: Tensor, G: Tensor) -> Tensor:
+        return torch.bmm(P.flatten(1, 2).mT, G.flatten(1, 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _FrozenProduct.apply(ctx.saved_tensors[0], grad)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: _Dims, P: Tensor, G: Tensor) -> tuple[Tensor, int]:
+        return _folded(_FrozenTransposed, info, in_dims, P, G)
+
+
+_Dims = tuple[int | None, int | None]
+
+
+def _folded(
+    product: type[torch.autograd.Function], info: Any, in_dims: _Dims, P: Tensor, X: Tensor
+) -> tuple[Tensor, int]:
+    """A product of P with a block of X, the block folded into the columns of one X."""
+    block: int = info.batch_size
+    X = X.expand(block, *X.shape) if in_dims[1] is None else X.movedim(in_dims[1], 0)
+    if in_dims[0] is not None:  # a P for every member of the block: more matrices, not columns
+        P = P.movedim(in_dims[0], 0).flatten(0, 1)
+        several: Tensor = product.apply(P, X.flatten(0, 1))
+        return several.unflatten(0, (block, -1)), 0
+    folded: Tensor = product.apply(P, X.movedim(0, -2).flatten(-2))
+    return folded.unflatten(-1, (block, -1)).movedim(-2, 0), 0
 
 
 def frozen_product(P: Tensor, V: Tensor) -> Tensor:
     """Returns `P @ V` for frozen batches of matrices.
 
     Args:
-        P: (..., rows, inner), a coefficient.
-        V: (..., inner, columns) with the same leading dimensions.
+        P: (..., groups, rows, inner), a coefficient.
+        V: (..., groups, inner, columns), or (..., 1, inner, columns) shared by the groups.
 
     Returns:
-        (..., rows, columns).
+        (..., groups, rows, columns).
     """
-    lead = V.shape[:-2]
-    P, V = P.reshape(-1, *P.shape[-2:]), V.reshape(-1, *V.shape[-2:])
-    out: Tensor = _FrozenProduct.apply(P, V)
-    return out.view(*lead, *out.shape[-2:])
+    lead = P.shape[:-2]
+    groups = 1 if V.shape[:-2] == lead else lead[-1]
+    grouped = P.reshape(-1, groups, *P.shape[-2:])
+    out: Tensor = _FrozenProduct.apply(grouped, V.reshape(-1, *V.shape[-2:]))
+    return out.reshape(*lead, *out.shape[-2:])
+
+
+def is_shared(P: Tensor, V: Tensor) -> bool:
+    """Whether `P @ V` is one product a matrix, or a group of matrices, as `frozen_product` wants.
+
+    Args:
+        P: (..., rows, inner).
+        V: (..., inner, columns).
+
+    Returns:
+        Whether their leading dimensions agree, but for a last one of V that may be 1.
+    """
+    lead, other = P.shape[:-2], V.shape[:-2]
+    same_rank = len(lead) == len(other) >= 1
+    return same_rank and (lead == other or (other[-1] == 1 and lead[:-1] == other[:-1]))
 
 
 def attention(
@@ -106,8 +153,8 @@ def attention(
         P = torch.softmax(scores, dim=-1)[..., :-1]
     else:
         P = torch.softmax(scores, dim=-1)
-    P = P.reshape(batch, k.shape[1], groups * T, -1)
-    return torch.matmul(P, v).reshape(batch, heads, T, -1)
+    P = P.reshape(batch, k.shape[1], groups, T, -1)
+    return torch.matmul(P, v[:, :, None]).reshape(batch, heads, T, -1)
 
 
 IMPLEMENTATION = "elm_lanczos_frozen"
@@ -158,7 +205,11 @@ def _registered_attention(
 
     Raises:
         UnsupportedModelError: if a tensor is given whose meaning is not known.
+        _Attended: to `at_position`, in whose first run this is the end.
     """
+    one = _ONE_POSITION.get()
+    if one is not None and one.output is not None:
+        return one.take(), None
     for name, other in others.items():
         if isinstance(other, Tensor) and name not in _IGNORED:
             raise UnsupportedModelError(
@@ -176,10 +227,89 @@ def _registered_attention(
     if position_bias is not None:
         bias = position_bias.detach()
         attention_mask = bias if attention_mask is None else attention_mask + bias
-    out = attention(
-        query, key, value, attention_mask, scaling, softcap, sinks if s_aux is None else s_aux
-    )
-    return out.transpose(1, 2).contiguous(), None
+    sinks = sinks if s_aux is None else s_aux
+    if one is not None:
+        query, attention_mask, sinks = (one.row(x) for x in (query, attention_mask, sinks))
+    out = attention(query, key, value, attention_mask, scaling, softcap, sinks)
+    out = out.transpose(1, 2).contiguous()
+    if one is not None:
+        one.output = out
+        raise _Attended
+    return out, None
+
+
+class _Attended(Exception):
+    """Stops a layer where its attention has been computed."""
+
+
+class NotOneAttentionError(Exception):
+    """A layer does not call the registered attention exactly once."""
+
+
+@dataclass
+class _OnePosition:
+    """What the two runs of `at_position` have in common.
+
+    Attributes:
+        position: the query that is wanted.
+        length: number of queries T.
+        output: what attention gives there, (batch, 1, heads, value_dim), once it is known.
+        taken: whether the layer has been given it.
+    """
+
+    position: int
+    length: int
+    output: Tensor | None = None
+    taken: bool = False
+
+    def row(self, x: Tensor | None) -> Tensor | None:
+        """The one query of (batch, heads, T, ...); anything with another layout as it is."""
+        if x is None or x.ndim != 4 or x.shape[2] != self.length:
+            return x
+        return x[:, :, self.position : self.position + 1]
+
+    def take(self) -> Tensor:
+        if self.taken or self.output is None:
+            raise NotOneAttentionError
+        self.taken = True
+        return self.output
+
+
+_ONE_POSITION: ContextVar[_OnePosition | None] = ContextVar("one_position", default=None)
+
+
+def at_position(
+    everywhere: Callable[[], object], there: Callable[[], Tensor], position: int, length: int
+) -> Tensor:
+    """Runs a layer for one position, whose attention still looks at all of them.
+
+    The layer is run for all positions as far as its attention, which is computed for one query;
+    and then for this position alone, with that as the output of its attention. So nothing behind
+    the attention, forward or back, is computed for the other positions.
+
+    Args:
+        everywhere: runs the layer on the whole residual stream.
+        there: runs it on the residual stream at the position.
+        position: the position p.
+        length: number of positions T.
+
+    Returns:
+        What `there` returns.
+
+    Raises:
+        NotOneAttentionError: if the layer does not attend exactly once by `register_attention`.
+    """
+    one = _OnePosition(position, length)
+    token = _ONE_POSITION.set(one)
+    try:
+        everywhere()
+    except _Attended:
+        out = there()
+        if one.taken:
+            return out
+    finally:
+        _ONE_POSITION.reset(token)
+    raise NotOneAttentionError
 
 
 def _registered_mask(*args: Any, **kwargs: Any) -> Any:

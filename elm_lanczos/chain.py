@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elm_lanczos.attention import at_position
 from elm_lanczos.errors import (
     ElmLanczosError,
     ModelError,
@@ -51,11 +52,15 @@ class Trace:
     Attributes:
         segments: the chain, from the input embeddings to the output at one position.
         output: (1, T, m), the final hidden states.
+        at_position: the last layer and the final norm once more, of which the layer is run for the
+            output position alone behind its attention; empty where that is no gain. It is the same
+            map only for layers that mix tokens nowhere else, which is to be tested.
         not_a_chain: why the decoder had to be taken as a whole; empty if it is a chain.
     """
 
     segments: tuple[Segment, ...]
     output: Tensor
+    at_position: tuple[Segment, ...] = ()
     not_a_chain: str = ""
 
 
@@ -154,9 +159,11 @@ def trace(
     _require_linear(output, "the decoder's output")
     start = Segment("prelude", _prelude(model, ids), inputs[None], (decoder,))
     try:
-        return Trace(_chain(model, start, x, layers, others, output, position, names), output)
+        segments = _chain(model, start, x, layers, others, output, position, names)
     except _NotAChain as reason:
-        return Trace((_whole(model, inputs, position, ids),), output, str(reason))
+        whole = _whole(model, inputs, position, ids)
+        return Trace((whole,), output, not_a_chain=str(reason))
+    return Trace(segments, output, _at_position(segments, layers[-1], position))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -186,11 +193,10 @@ def _chain(
     stream = x
     for call in layers:
         name = f"{names[call.module]} ({type(call.module).__name__})"
-        leaves = flatten((call.args, call.kwargs))
-        streams = {id(leaf): leaf for leaf in leaves if is_linear(leaf)}
+        streams = _streams(call)
         if len(streams) != 1:
             raise _NotAChain(f"{name} takes more than the residual stream from earlier layers")
-        (before,) = streams.values()
+        (before,) = streams
         if not segments and (before is not x or not torch.equal(x, start.input)):
             segments.append(start)
         elif before is not stream and not _same_values(before, stream):
@@ -230,6 +236,35 @@ def _final(
     )
 
 
+def _at_position(segments: tuple[Segment, ...], call: _Call, p: int) -> tuple[Segment, ...]:
+    """The last layer and the final norm for one position."""
+    layer, norm = segments[-2:]
+    T = layer.input.shape[1]
+    if T == 1:
+        return ()
+    (stream,) = _streams(call)
+
+    def row(value: Any) -> Any:
+        """Of a tensor that has an axis of positions (its first one of length T) the one at p."""
+        if not isinstance(value, Tensor) or T not in value.shape:
+            return value
+        return value.narrow(value.shape.index(T), p, 1)
+
+    def run(h: Tensor) -> Tensor:
+        def there() -> Tensor:
+            def put(value: Any) -> Any:
+                return row(h if value is stream else value)
+
+            output = call.module(*rebuild(put, call.args), **rebuild(put, call.kwargs))
+            return _first_tensor(output)
+
+        return at_position(lambda: layer.function(h), there, p, T)
+
+    (module,) = norm.modules
+    narrow = Segment(norm.name, module, norm.input[:, p : p + 1], norm.modules)
+    return Segment(layer.name, run, layer.input, layer.modules), narrow
+
+
 def _prelude(model: DetachedModel, ids: Tensor | None) -> Callable[[Tensor], Tensor]:
     """What the decoder does to the embeddings before its first layer."""
 
@@ -255,6 +290,12 @@ def _whole(model: DetachedModel, inputs: Tensor, p: int, ids: Tensor | None) -> 
         return model.hidden_states(z, ids)[:, p : p + 1]
 
     return Segment("decoder", run, inputs[None], (model.decoder,))
+
+
+def _streams(call: _Call) -> list[Tensor]:
+    """The tensors a module was given that are linear in the input, each once."""
+    leaves = flatten((call.args, call.kwargs))
+    return list({id(leaf): leaf for leaf in leaves if is_linear(leaf)}.values())
 
 
 def _of_stream(call: _Call, stream: Tensor) -> Callable[[Tensor], Tensor]:

@@ -46,6 +46,27 @@ class Kind(enum.IntEnum):
     NONLINEAR = 3
 
 
+class Scaled(NamedTuple):
+    """The factors of a `LINEAR` tensor `x · a`, elementwise, and their versions when it was made.
+
+    In-place changes count up a tensor's version, after which it is not the factor any more.
+    """
+
+    x: Tensor
+    coefficient: Tensor
+    versions: tuple[int, int]
+
+    @classmethod
+    def of(cls, x: Tensor, coefficient: Tensor) -> Scaled:
+        """Returns the two factors as they are now."""
+        return cls(x, coefficient, (x._version, coefficient._version))
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether neither factor has been changed in place since."""
+        return self.versions == (self.x._version, self.coefficient._version)
+
+
 class Mark(NamedTuple):
     """What is known of one tensor: its kind, and where that came from."""
 
@@ -64,6 +85,8 @@ class Mark(NamedTuple):
     bilinear: bool = False
     """For a `NONLINEAR` tensor: a product of two `LINEAR` ones and nothing else, as `kᵀ v`. To fix
     it where it meets a third would choose, for no reason, which of the three to go through."""
+    scaled: Scaled | None = None
+    """For a `LINEAR` tensor that is a multiple of another one: its factors."""
 
 
 def mark_of(value: object) -> Mark | None:

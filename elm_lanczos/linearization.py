@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from elm_lanczos.chain import is_linear, is_out_of_memory, not_frozen, trace
+from elm_lanczos.chain import Segment, is_linear, is_out_of_memory, not_frozen, trace
 from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Tape, linear
 from elm_lanczos.model import DetachedModel, Prediction
@@ -143,6 +143,9 @@ class Linearization:
             from the memory if not given.
         rules: another rule table, only to test what a wrong rule does.
 
+    Attributes:
+        narrowed: whether the last layer is run for the output position alone behind its attention.
+
     Raises:
         UnsupportedModelError: if the decoder is not affine once frozen; the message names the
             module.
@@ -175,6 +178,9 @@ class Linearization:
         if not self.output.isfinite().all():
             raise ModelError(f"{model.name}: the forward pass gives values that are not finite")
         self.block = self._default_block() if block is None else block
+        self.narrowed = self._same_map(found.at_position, found.segments[-2:])
+        if self.narrowed:
+            self.segments = (*found.segments[:-2], *found.at_position)
         self._maps: dict[int, LinearMap] = {}
         self.keep = self._bytes_of_maps() <= self.memory // 2 if keep is None else keep
 
@@ -223,8 +229,52 @@ class Linearization:
     def _map(self, index: int) -> LinearMap:
         if index in self._maps:
             return self._maps[index]
-        segment = self.segments[index]
+        result = self._linearized(self.segments[index])
+        if self.keep:
+            self._maps[index] = result
+        return result
 
+    def _same_map(self, some: tuple[Segment, ...], others: tuple[Segment, ...]) -> bool:
+        """Whether two ends of the chain give one value and one VJP, up to rounding.
+
+        A random cotangent excludes another Jacobian with probability one.
+
+        Args:
+            some: segments that may not run, or compute something else.
+            others: the segments they would replace.
+
+        Returns:
+            False also if the first ones cannot be run.
+        """
+        if not some:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        u = torch.randn(self.output.shape, generator=generator, dtype=torch.float64)
+        u = u.to(self.output)[None, None, None]
+        tolerance = 64 * torch.finfo(u.dtype).eps
+        try:
+            ends = [self._end(segments, u) for segments in (some, others)]
+        except Exception as error:  # a layer's code run in a way it was not written for
+            if is_out_of_memory(error):
+                raise
+            return False
+        return all(
+            bool((one - other).norm() <= tolerance * other.norm())
+            for one, other in zip(*ends, strict=True)
+        )
+
+    def _end(self, segments: tuple[Segment, ...], u: Tensor) -> tuple[Tensor, Tensor]:
+        """The value (1, 1, m) at the end of some segments, and Jᵀu at their beginning."""
+        maps, h = [self._linearized(segment) for segment in segments], segments[0].input
+        with torch.no_grad(), self.model.frozen():
+            for segment in segments:
+                with self._freezing(segment.name):
+                    h = segment.function(linear(h)).detach()
+        for part in reversed(maps):
+            u = part.vjp(u)
+        return h, u
+
+    def _linearized(self, segment: Segment) -> LinearMap:
         def frozen(h: Tensor) -> Tensor:
             with self._freezing(segment.name):
                 return segment.function(linear(h))
@@ -248,10 +298,7 @@ class Linearization:
             tangents = tangents.to(segment.input.device)
             return torch.func.vmap(lambda v: push_forward[0](v)[0])(tangents)
 
-        result = LinearMap(vjp, jvp)
-        if self.keep:
-            self._maps[index] = result
-        return result
+        return LinearMap(vjp, jvp)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Returns `J_iᵀ u` for every token at once: one backward pass per cotangent.

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elm_lanczos.attention import attention, frozen_product
+from elm_lanczos.attention import attention, frozen_product, is_shared
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.freezing import (
     Freezing,
     Kind,
     Mark,
     Rule,
+    Scaled,
     flatten,
     function_name,
     is_in_place,
@@ -177,7 +178,8 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
     kinds = [m.kind if m else None for m in marks]
     activated = [bool(m and m.activated) for m in marks]
     multiplies = function_name(func) in _MULTIPLY
-    root = _common_root(func, args[:2], {}, _broadcast(args))
+    shape = _broadcast(args)
+    root = _common_root(func, args[:2], {}, shape)
     frozen = None
     if kinds == [Kind.LINEAR, Kind.LINEAR]:
         gated = multiplies and args[0].shape == args[1].shape and sum(activated) == 1
@@ -194,16 +196,19 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         func = _out_of_place(mode, func) if frozen == 0 and is_in_place(func) else func
         args = tuple(mode.freeze(a) if i == frozen else a for i, a in enumerate(args))
         kinds[frozen] = Kind.FROZEN
+    given, scaled = args, None
+    if multiplies and Kind.LINEAR in kinds and not is_in_place(func) and not kwargs:
+        args, scaled = _merged(mode, args, kinds, shape)
     result = mode.call(func, args, kwargs)
     if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
         by_constant = multiplies and kinds.count(None) == 1 and any(activated)
         gate = by_constant or (root is not None and frozen is not None)
-        linear = args[kinds.index(Kind.LINEAR)]
+        linear = given[kinds.index(Kind.LINEAR)]
         source, mixed = _source_of(linear), _is_mixed(linear)
         if not multiplies and function_name(func) not in _DIVIDE:  # a matrix
             mixed = mixed or None not in kinds
             source = None if mixed else _projected_from(linear)
-        mark = Mark(Kind.LINEAR, gate, "", root, source, mixed)
+        mark = Mark(Kind.LINEAR, gate, "", root, source, mixed, scaled=scaled)
     elif Kind.LINEAR in kinds or Kind.NONLINEAR in kinds:
         mark = mode.nonlinear(func, marks_of(args))._replace(root=root)
         mark = mark._replace(bilinear=root is None and _is_bilinear(marks))
@@ -212,6 +217,38 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         mark = Mark(Kind.FROZEN)
     set_mark(result, mark)
     return result
+
+
+def _merged(
+    mode: Freezing, args: Any, kinds: list[Kind | None], shape: Tensor
+) -> tuple[Any, Scaled | None]:
+    """Turns `(x · a) · b` into `x · (a b)`, so that every later pass multiplies once.
+
+    Norms multiply by a scale per token and then by a weight per channel.
+
+    Args:
+        mode: the freezing.
+        args: the factors.
+        kinds: their kinds.
+        shape: a tensor of the product's shape.
+
+    Returns:
+        The factors to multiply instead, and what the product will be of them; None if it is not a
+        multiple of a linear tensor of its own shape.
+    """
+    linear = kinds.index(Kind.LINEAR)
+    x, coefficient = args[linear], args[1 - linear]
+    if not isinstance(coefficient, Tensor) or kinds[1 - linear] not in (None, Kind.FROZEN):
+        return args, None
+    if x.shape != shape.shape:
+        return args, None
+    coefficient = mode.raise_precision(coefficient)
+    mark = mark_of(x)
+    earlier = mark.scaled if mark is not None else None
+    if earlier is not None and earlier.unchanged:
+        x, coefficient = earlier.x, earlier.coefficient * coefficient
+        args = (x, coefficient) if linear == 0 else (coefficient, x)
+    return args, Scaled.of(x, coefficient)
 
 
 def _of_three(marks: list[Mark | None]) -> bool:
@@ -396,8 +433,7 @@ def matrix_product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         left in (Kind.NONLINEAR, Kind.FROZEN)
         and not _of_three([mark_of(args[0])])
         and right == Kind.LINEAR
-        and args[0].ndim == args[1].ndim >= 3
-        and args[0].shape[:-2] == args[1].shape[:-2]
+        and is_shared(args[0], args[1])
     ):
         P = mode.freeze(args[0]) if left == Kind.NONLINEAR else args[0]
         result = frozen_product(P, args[1])

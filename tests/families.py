@@ -68,15 +68,15 @@ def detached_model(
     return DetachedModel(hf_model(family, dtype), **options)
 
 
-def with_mlp(mlp: Callable[[Any, Tensor], Tensor], **options: Any) -> DetachedModel:
-    """Returns a wrapped Llama whose first layer has another MLP, `mlp(module, x)`."""
+def with_mlp(mlp: Callable[[Any, Tensor], Tensor], layer: int = 0, **options: Any) -> DetachedModel:
+    """Returns a wrapped Llama of which one layer has another MLP, `mlp(module, x)`."""
     hf = hf_model("llama")
 
-    class Written(type(hf.model.layers[0].mlp)):  # type: ignore[misc]  # a class not known before
+    class Written(type(hf.model.layers[layer].mlp)):  # type: ignore[misc]  # a class not known before
         def forward(self, x: Tensor) -> Tensor:
             return mlp(self, x)
 
-    hf.model.layers[0].mlp.__class__ = Written
+    hf.model.layers[layer].mlp.__class__ = Written
     return DetachedModel(hf, **options)
 
 

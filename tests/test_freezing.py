@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elm_lanczos.attention import attention, frozen_product
 from elm_lanczos.errors import ModelError, UnsupportedModelError
@@ -155,6 +156,49 @@ def test_norm_rules_equal_torch() -> None:
     ]
     for case in cases:
         assert torch.allclose(run(case, x), case(x), rtol=1e-13)
+
+
+def test_scales_are_merged_unless_a_factor_changed_in_between() -> None:
+    w, x = torch.rand(8, dtype=F64), torch.randn(1, 5, 8, dtype=F64)
+
+    def norm(h: Tensor) -> Tensor:
+        return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True)))
+
+    def input_changed(h: Tensor) -> Tensor:
+        h = 1.0 * h
+        scaled = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True))
+        h += 1.0
+        return w * scaled
+
+    def scale_changed(h: Tensor) -> Tensor:
+        scale = 1.0 * w
+        scaled = h * scale
+        scale += 1.0
+        return scaled * w
+
+    for case in (norm, input_changed, scale_changed):
+        assert torch.allclose(run(case, x), case(x), rtol=1e-14)
+
+    def frozen(h: Tensor) -> Tensor:
+        with Freezing(F64, RULES):
+            return norm(linear(h))
+
+    _, pull = torch.func.vjp(frozen, x)
+    with Counter(torch.ops.aten.mul.Tensor) as count:
+        pull(torch.ones_like(x))
+    assert count.calls == 1
+
+
+class Counter(TorchDispatchMode):
+    """Counts the calls of one operation."""
+
+    def __init__(self, operation: object) -> None:
+        super().__init__()
+        self.operation, self.calls = operation, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += func is self.operation
+        return func(*args, **(kwargs or {}))
 
 
 # ------------------------------------------------------------------------------ attention

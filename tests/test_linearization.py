@@ -6,11 +6,19 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from elm_lanczos.linearization import Certificate, Linearization
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.rules import RULES
-from tests.families import CONFIGS, PROMPT, detached_model, hand_frozen_jacobian, hf_model
+from tests.families import (
+    CONFIGS,
+    PROMPT,
+    detached_model,
+    hand_frozen_jacobian,
+    hf_model,
+    with_mlp,
+)
 
 FAMILIES = list(CONFIGS)
 
@@ -66,6 +74,43 @@ def test_tokens_after_the_position_have_no_influence() -> None:
     assert lin.vjp(torch.ones(32, dtype=torch.float64))[4:].abs().max() == 0
 
 
+def vjp_flops(lin: Linearization) -> int:
+    u = torch.ones(1, 32, dtype=torch.float64)
+    lin.vjp(u)  # linearises
+    with FlopCounterMode(display=False) as counter:
+        lin.vjp(u)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("position", [-1, 2])
+def test_last_layer_is_passed_at_one_position_behind_its_attention(position: int) -> None:
+    model = detached_model("llama")
+    lin, one = model.linearize(PROMPT, position=position), model.linearize(PROMPT[:1])
+    assert lin.narrowed and not one.narrowed
+    T, layers = len(PROMPT), len(model.layers)
+    per_token = vjp_flops(one) / layers  # v, o, up, down and P for one token and one key
+    everywhere = (layers - 1) * T * per_token
+    assert vjp_flops(lin) < everywhere + 0.5 * T * per_token
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        lambda m, h: m.down_proj(m.up_proj(torch.cat([h[:, -1:], h[:, :-1]], 1))),
+        lambda m, h: m.down_proj(m.up_proj(h)) * torch.arange(1.0, 1 + h.shape[1])[:, None],
+        lambda m, h: m.down_proj(m.up_proj(h)) * h.shape[1],
+        lambda m, h: m.down_proj(m.up_proj(h - h.cumsum(1))),
+    ],
+)
+def test_layer_that_knows_other_positions_behind_its_attention_is_not_narrowed(mlp) -> None:  # type: ignore[no-untyped-def]
+    lin = with_mlp(mlp, layer=-1).linearize(PROMPT)
+    assert not lin.narrowed
+    assert lin.certificate().exact
+    J, z = lin.vjp(torch.eye(32, dtype=torch.float64)), torch.randn_like(lin.inputs)
+    straight = torch.einsum("mtd,td->m", J, z) + lin.constant
+    assert (lin(z) - straight).norm() <= 1e-13 * straight.norm()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_map_is_affine(family: str) -> None:
     lin = detached_model(family).linearize(PROMPT)
@@ -74,7 +119,7 @@ def test_frozen_map_is_affine(family: str) -> None:
     straight = 0.3 * lin(z1) + 0.7 * lin(z2)
     assert (mixed - straight).norm() <= 1e-13 * straight.norm()
     assert (lin(z1) - lin.constant - lin.jvp(z1)).norm() <= 1e-13 * lin(z1).norm()
-    assert torch.equal(lin(lin.inputs), lin.output)
+    assert (lin(lin.inputs) - lin.output).norm() <= 1e-15 * lin.output.norm()
 
 
 def test_constant_is_zero_without_biases_and_not_with_them() -> None:
