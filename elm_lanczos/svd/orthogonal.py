@@ -7,6 +7,7 @@ the breakdown of a Krylov sequence, is met by replacing the vector with a random
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -138,5 +139,27 @@ def polish(rows: Tensor) -> Tensor:
 
 def small_svd(B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of small matrices in float64, (a, p, q) -> U (a, p, r), S (a, r), Vᵀ (a, r, q)."""
-    U, S, Vt = torch.linalg.svd(B.double().cpu(), full_matrices=False)
+    U, S, Vt = batched_svd(B.double().cpu())
     return U.to(B.device), S.to(B.device), Vt.to(B.device)
+
+
+def batched_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVDs of a batch of matrices.
+
+    On a CPU, torch takes one matrix after another, and LAPACK is slow to use several cores for a
+    small one; here as many matrices are worked on at a time as torch has threads.
+
+    Args:
+        A: (a, p, q).
+
+    Returns:
+        U (a, p, r), S (a, r), Vᵀ (a, r, q) with r = min(p, q).
+    """
+    parts = min(torch.get_num_threads(), len(A))
+    if A.device.type != "cpu" or parts < 2:
+        U, S, Vt = torch.linalg.svd(A, full_matrices=False)
+        return U, S, Vt
+    with ThreadPoolExecutor(parts) as pool:
+        found = pool.map(lambda part: torch.linalg.svd(part, False), A.tensor_split(parts))
+        U, S, Vt = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return U, S, Vt
