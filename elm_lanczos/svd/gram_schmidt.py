@@ -153,17 +153,17 @@ def plan_launch(
         coefficients fit.
     """
     layouts = [(16, 2), (16, 1)] if vectorised else [(0, 4), (0, 1)]
-    plans = [_on_chip(shape, itemsize, *layout) for layout in layouts] if clusters else []
+    plans = [on_chip(shape, itemsize, *layout) for layout in layouts] if clusters else []
     fitting = [plan for plan in plans if plan.shared["on_chip"] <= shared and plan.blocks]
     if fitting:
         return min(fitting, key=lambda plan: plan.tiles * plan.vectors)
     # Two thread blocks at a time on a multiprocessor: one loads while the other waits at a barrier.
     for room, threads in ((shared // 2, 256), (shared, 512)):
         for layout in [*layouts, (0, 1)]:
-            plan = _sweeps(shape, itemsize, *layout, threads, held=True)
+            plan = three_sweeps(shape, itemsize, *layout, threads, held=True)
             if max(plan.shared.values()) <= room:
                 return plan
-    plan = _sweeps(shape, itemsize, *layouts[0], 256, held=False)
+    plan = three_sweeps(shape, itemsize, *layouts[0], 256, held=False)
     return plan if max(plan.shared.values()) <= shared else None
 
 
@@ -172,10 +172,20 @@ def _columns(itemsize: int, vector_bytes: int, vectors: int) -> int:
     return LANES * vectors * (vector_bytes // itemsize or 1)
 
 
-def _on_chip(
+def on_chip(
     shape: tuple[int, int, int, int], itemsize: int, vector_bytes: int, vectors: int
 ) -> Launch:
-    """One cluster for an operator, its basis in shared memory; no blocks where d is too short."""
+    """One cluster for an operator, its basis in shared memory.
+
+    Args:
+        shape: (a, b, j, d).
+        itemsize: Bytes of an entry.
+        vector_bytes: Bytes a lane loads at once, 0 for one entry.
+        vectors: Loads of a lane in one row of a tile.
+
+    Returns:
+        The launch; with no thread blocks where d is too short for a cluster.
+    """
     _, b, j, d = shape
     tile = _columns(itemsize, vector_bytes, vectors)
     count, threads = math.ceil(d / tile), 512 if j > LANES else 256
@@ -192,7 +202,7 @@ def _on_chip(
     )
 
 
-def _sweeps(
+def three_sweeps(
     shape: tuple[int, int, int, int],
     itemsize: int,
     vector_bytes: int,
@@ -200,7 +210,19 @@ def _sweeps(
     threads: int,
     held: bool,
 ) -> Launch:
-    """Three sweeps; an operator's columns are split as far as it takes to fill the device."""
+    """Three sweeps; an operator's columns are split as far as it takes to fill the device.
+
+    Args:
+        shape: (a, b, j, d).
+        itemsize: Bytes of an entry.
+        vector_bytes: Bytes a lane loads at once, 0 for one entry.
+        vectors: Loads of a lane in one row of a tile.
+        threads: Threads of a thread block.
+        held: Whether a tile stays in shared memory between its two uses.
+
+    Returns:
+        The launch.
+    """
     a, b, j, d = shape
     tile = _columns(itemsize, vector_bytes, vectors)
     count, tiles = math.ceil(d / tile), 1

@@ -1,10 +1,12 @@
 // Runs kernels of kernels/*.cu on the CPU, to the letter of their index arithmetic.
 //
-// Every CUDA thread is a fiber (POSIX ucontext) that runs until it waits at a barrier; a thread
-// block, or a cluster of them, is run at a time. Between barriers one thread after another runs, in
+// Every CUDA thread is a fiber (POSIX ucontext to start it, then jumps, which make no system calls)
+// that runs until it waits at a barrier; a thread block, or a cluster of them, is run at a time. Between barriers one thread after another runs, in
 // ascending or descending order: a barrier that is missing shows as a wrong result in one of the
 // two. Shared memory starts as NaN, and so do its bounds, which are checked afterwards.
 #pragma once
+#undef _FORTIFY_SOURCE  // whose longjmp does not leave one stack for another
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -31,6 +33,8 @@ struct Barrier {
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
+  bool begun = false;
   std::unique_ptr<char[]> stack;
   Index thread, block;
   unsigned rank;
@@ -39,7 +43,8 @@ struct Fiber {
 
 constexpr size_t STACK = 64 * 1024, GUARD = 64;
 
-inline ucontext_t scheduler;
+inline ucontext_t origin;
+inline jmp_buf scheduler;
 inline Fiber* running;
 inline std::function<void()> body;
 inline std::vector<std::vector<double>> memory;  // of each block of the cluster, with a guard
@@ -47,19 +52,31 @@ inline std::vector<double> exchange;             // a value for each thread of t
 inline std::vector<Barrier> blocks, warps;
 inline Barrier cluster;
 
+inline void leave() {
+  if (!_setjmp(running->place)) _longjmp(scheduler, 1);
+}
+
+inline void enter(Fiber& fiber) {
+  running = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  swapcontext(&origin, &fiber.context);
+}
+
 inline void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-  while (barrier.generation == generation) swapcontext(&running->context, &scheduler);
+  while (barrier.generation == generation) leave();
 }
 
 inline void start() {
   body();
   running->done = true;
-  swapcontext(&running->context, &scheduler);
+  leave();
 }
 
 inline unsigned thread_of_cluster() { return running->rank * blockDim.x + running->thread.x; }
@@ -93,12 +110,12 @@ inline bool launch(unsigned grid, unsigned threads, size_t shared, unsigned clus
     size_t left = fibers.size();
     for (size_t round = 0; left && round < 10'000'000; ++round) {
       for (size_t k = 0; k < fibers.size(); ++k) {
-        running = &fibers[descending ? fibers.size() - 1 - k : k];
-        if (running->done) continue;
-        threadIdx = running->thread;
-        blockIdx = running->block;
-        swapcontext(&scheduler, &running->context);
-        left -= running->done;
+        Fiber& fiber = fibers[descending ? fibers.size() - 1 - k : k];
+        if (fiber.done) continue;
+        threadIdx = fiber.thread;
+        blockIdx = fiber.block;
+        enter(fiber);
+        left -= fiber.done;
       }
     }
     intact = intact && left == 0;
