@@ -279,14 +279,14 @@ def _kernel(basis: Tensor, X: Tensor) -> tuple[Launch, Run] | None:
     if recorded or not alike or X.dtype not in (torch.float32, torch.float64):
         return None
     device = X.device.index
-    shared, clusters = _limits(device)
+    shared, clusters = limits(device)
     a, b, d = X.shape
     shape = a, b, basis.shape[1], d
     launch = plan_launch(shape, X.element_size(), aligned(basis, X), shared, clusters)
     if launch is None:
         return None
-    kernels = _module(b, launch.vector_bytes, launch.vectors, device)
-    return None if kernels is None else (launch, functools.partial(_run, kernels, device))
+    run = compiled(launch, b, device)
+    return None if run is None else (launch, run)
 
 
 @functools.cache
@@ -294,8 +294,14 @@ def _with_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
+def compiled(launch: Launch, b: int, device: int) -> Run | None:
+    """The kernels of a launch for b rows on a CUDA device; None where they do not compile."""
+    kernels = _module(b, launch.vector_bytes, launch.vectors, device)
+    return None if kernels is None else functools.partial(_run, kernels, device)
+
+
 @functools.cache
-def _limits(device: int) -> tuple[int, bool]:
+def limits(device: int) -> tuple[int, bool]:
     """Bytes of shared memory that a thread block can have; whether there are clusters."""
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin, properties.major >= 9
@@ -304,7 +310,7 @@ def _limits(device: int) -> tuple[int, bool]:
 @functools.cache
 def _module(width: int, vector_bytes: int, vectors: int, device: int) -> dict[str, Any] | None:
     """The compiled kernels by name; None, with a warning, where they do not compile."""
-    shared, clusters = _limits(device)
+    shared, clusters = limits(device)
     options = [f"-DWIDTH={width}", f"-DVECTOR_BYTES={vector_bytes}", f"-DVECTORS={vectors}"]
     names = ["dot", "fused", "subtract"]
     if clusters:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import math
 import shutil
 import subprocess
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from elm_lanczos.svd.gram_schmidt import (
     Launch,
     Run,
     aligned,
+    compiled,
     fused_reference,
     kernel_source,
     on_chip,
@@ -191,6 +196,23 @@ def test_source_is_found_in_a_checkout_and_in_a_wheel(
     assert kernel_source() == "// packaged"
 
 
+def test_a_kernel_that_does_not_compile_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: Any) -> None:
+        raise RuntimeError("no compiler here\nand more")
+
+    cuda = SimpleNamespace(Device=contextlib.nullcontext)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=fail))
+    monkeypatch.setattr(gram_schmidt, "limits", lambda device: (AMPERE, False))
+    launch = plan_launch((2, 7, 3, 50), 8, True, AMPERE, False)
+    assert launch is not None
+    with pytest.warns(RuntimeWarning, match=r"\(no compiler here\)$"):
+        assert compiled(launch, 7, 0) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled(launch, 7, 0) is None
+    gram_schmidt._module.cache_clear()
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize(
     "options",
@@ -202,8 +224,8 @@ def test_source_is_found_in_a_checkout_and_in_a_wheel(
 )
 def test_compiles(options: str, tmp_path: Path) -> None:
     source, binary = KERNELS / "gram_schmidt.cu", tmp_path / "kernel.cubin"
-    warnings = ["-Werror", "all-warnings"]
-    command = ["nvcc", "-std=c++17", *options.split(), *warnings, "-cubin", "-o", binary, source]
+    strict = ["-Werror", "all-warnings"]
+    command = ["nvcc", "-std=c++17", *options.split(), *strict, "-cubin", "-o", binary, source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
