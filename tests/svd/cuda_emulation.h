@@ -1,15 +1,15 @@
 // Runs kernels of kernels/*.cu on the CPU, to the letter of their index arithmetic.
 //
 // Every CUDA thread is a fiber (POSIX ucontext to start it, then jumps, which make no system calls)
-// that runs until it waits at a barrier; a thread block, or a cluster of them, is run at a time. Between barriers one thread after another runs, in
-// ascending or descending order: a barrier that is missing shows as a wrong result in one of the
-// two. Shared memory starts as NaN, and so do its bounds, which are checked afterwards.
+// that runs until it waits at a barrier. A warp runs until it waits for another, a block until it
+// waits for its cluster, in ascending or descending order: a barrier that is missing shows as a wrong
+// result in one of the two. Shared memory is NaN before and after its block, and so are its bounds,
+// which are checked.
 #pragma once
 #undef _FORTIFY_SOURCE  // whose longjmp does not leave one stack for another
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -81,6 +81,34 @@ inline void start() {
 
 inline unsigned thread_of_cluster() { return running->rank * blockDim.x + running->thread.x; }
 
+// Runs each of a block's warps until it waits for another, as long as any goes on; returns how many
+// threads came to their end.
+inline size_t run_block(std::vector<Fiber>& fibers, unsigned rank, bool descending) {
+  const unsigned count = blockDim.x / 32;
+  size_t ended = 0, before;
+  unsigned generation;
+  do {
+    generation = blocks[rank].generation;
+    before = ended;
+    for (unsigned w = 0; w < count; ++w) {
+      const unsigned warp = rank * count + (descending ? count - 1 - w : w);
+      unsigned passed;
+      do {
+        passed = warps[warp].generation;
+        for (unsigned lane = 0; lane < 32; ++lane) {
+          Fiber& fiber = fibers[warp * 32 + (descending ? 31 - lane : lane)];
+          if (fiber.done) continue;
+          threadIdx = fiber.thread;
+          blockIdx = fiber.block;
+          enter(fiber);
+          ended += fiber.done;
+        }
+      } while (warps[warp].generation != passed);
+    }
+  } while (blocks[rank].generation != generation || ended != before);
+  return ended;
+}
+
 // Returns whether the kernel kept within its shared memory and all its threads came to their end.
 inline bool launch(unsigned grid, unsigned threads, size_t shared, unsigned cluster_size,
                    bool descending, std::function<void()> kernel) {
@@ -107,18 +135,18 @@ inline bool launch(unsigned grid, unsigned threads, size_t shared, unsigned clus
       fiber.context.uc_stack.ss_size = STACK;
       makecontext(&fiber.context, start, 0);
     }
-    size_t left = fibers.size();
-    for (size_t round = 0; left && round < 10'000'000; ++round) {
-      for (size_t k = 0; k < fibers.size(); ++k) {
-        Fiber& fiber = fibers[descending ? fibers.size() - 1 - k : k];
-        if (fiber.done) continue;
-        threadIdx = fiber.thread;
-        blockIdx = fiber.block;
-        enter(fiber);
-        left -= fiber.done;
+    std::vector<size_t> left(cluster_size, threads);
+    unsigned generation;
+    do {
+      generation = cluster.generation;
+      for (unsigned r = 0; r < cluster_size; ++r) {
+        const unsigned rank = descending ? cluster_size - 1 - r : r;
+        left[rank] -= run_block(fibers, rank, descending);
+        // Shared memory goes with its block.
+        if (!left[rank]) std::memset(memory[rank].data(), 0xff, shared);
       }
-    }
-    intact = intact && left == 0;
+    } while (cluster.generation != generation);
+    for (size_t threads_left : left) intact = intact && threads_left == 0;
     for (auto& block : memory) {
       const auto* bytes = reinterpret_cast<unsigned char*>(block.data());
       for (size_t k = shared; k < block.size() * 8; ++k) intact = intact && bytes[k] == 0xff;
