@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from elm_lanczos.operators import OperatorBatch
+from elm_lanczos.svd.gram_schmidt import project_out
 from elm_lanczos.svd.orthogonal import (
     BREAKDOWN,
     next_vector,
@@ -38,7 +39,6 @@ from elm_lanczos.svd.orthogonal import (
     normalise,
     polish,
     power_of_two_scale,
-    project_out,
     small_svd,
 )
 from elm_lanczos.svd.plan import Plan

@@ -1,9 +1,9 @@
 """Shared numerics of the solvers: seeded vectors, exact scaling, orthonormalisation.
 
 Bases are batches of orthonormal *rows*, (a, j, d). Vectors are orthogonalised against them by
-classical Gram–Schmidt in two passes, as accurate as Householder's method unless a vector lies in
-the span of the basis to rounding ("twice is enough": Giraud, Langou & Rozložník, 2005); that case,
-the breakdown of a Krylov sequence, is met by replacing the vector with a random one.
+classical Gram–Schmidt in two passes (`gram_schmidt`), as accurate as Householder's method unless a
+vector lies in the span of the basis to rounding; that case, the breakdown of a Krylov sequence, is
+met by replacing the vector with a random one.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
+
+from elm_lanczos.svd.gram_schmidt import project_out
 
 # A vector is in the span of a basis where what is left of it is at most this many rounding errors.
 BREAKDOWN = 64.0
@@ -54,22 +56,6 @@ def power_of_two_scale(samples: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent.clamp(-120, 120)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
     return torch.where(largest == 0, 1.0, scale)
-
-
-def project_out(basis: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove from X its components along an orthonormal basis, in two passes.
-
-    Args:
-        basis: (a, j, d) orthonormal rows.
-        X: (a, b, d) rows.
-
-    Returns:
-        What is left of X, (a, b, d), and the components removed, (a, b, j).
-    """
-    components = X @ basis.mT
-    X = X - components @ basis
-    correction = X @ basis.mT
-    return X - correction @ basis, components + correction
 
 
 def next_vector(

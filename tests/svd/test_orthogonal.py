@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from elm_lanczos.svd.gram_schmidt import project_out
 from elm_lanczos.svd.orthogonal import (
     next_vector,
     normal_rows,
     orthonormal_block,
     power_of_two_scale,
-    project_out,
     small_svd,
 )
 from tests.spectra import DTYPES
