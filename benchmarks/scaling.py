@@ -8,11 +8,12 @@ matrix-product limit. The total time for k triplets of all T tokens is the numbe
 `svd.plan` predicts over the measured passes per second; the solvers' own algebra, the preparation
 of the linear system and that a JVP may not cost what a VJP costs are not in it.
 
-On a CPU a few vectors are pushed through one or two layers, and the time of the whole depth is
-extrapolated in proportion to the layers; what is extrapolated is marked. On a CUDA device all
-layers are run, at T = 32 … 2048, and with `--whole` also every method from start to end:
+On a CPU a few vectors are pushed through one layer, and the time of the whole depth is extrapolated
+in proportion to the layers; what is extrapolated is marked. With one thread the clock is the
+processor time, which other programs do not lengthen. On a CUDA device all layers are run, at
+T = 32 … 2048, and with `--whole` also every method from start to end:
 
-    python benchmarks/scaling.py
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py
     python benchmarks/scaling.py --device cuda --precision ieee,tf32 --whole
 """
 
@@ -178,13 +179,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def clock_of(device: torch.device) -> str:
+    """Returns 'processor' for a CPU with one thread: a time that other programs do not lengthen."""
+    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+
+
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds that a call takes, up to the last operation on the device."""
+    now = time.process_time if clock_of(device) == "processor" else time.perf_counter
     synchronize(device)
-    begun = time.perf_counter()
+    begun = now()
     work()
     synchronize(device)
-    return time.perf_counter() - begun
+    return now() - begun
 
 
 def free_bytes(device: torch.device) -> int:
@@ -472,13 +479,14 @@ def table_of(rows: list[Row], setting: Setting) -> Table:
     table = Table(
         title=f"{where}: VJPs, and k = {setting.k} for all T tokens",
         caption=(
-            "* extrapolated in proportion to the layers; totals are predicted passes over passes/s,"
-            " without the solvers' own algebra; vocabulary shrunk, it is not on the linear path"
+            "layers: run/all; * extrapolated in proportion to them; totals are predicted passes "
+            "over passes/s, without the solvers' own algebra; the vocabulary, which is not on the "
+            "linear path, is shrunk"
         ),
     )
     table.add_column("shape", no_wrap=True)
-    for column in ("T", "layers run", "passes/s", "share", *METHODS):
-        table.add_column(column, justify="right", no_wrap=" " not in column)
+    for column in ("T", "layers", "passes/s", "share", *METHODS):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         mark = "*" if row.extrapolated else ""
         table.add_row(
@@ -664,6 +672,7 @@ def main(
         console.print(f"out of memory: {what}")
     figures = {
         "device": str(place),
+        "clock": clock_of(place),
         "k": k,
         "rows_of_a_product": setting.rows,
         "memory": setting.memory,
