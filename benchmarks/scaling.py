@@ -468,9 +468,9 @@ def growth(rows: list[Row], depths: list[Row]) -> dict[str, Any]:
 def duration(seconds: float) -> str:
     """Returns a time in the unit that suits it."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+        if seconds >= size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def table_of(rows: list[Row], setting: Setting) -> Table:
@@ -478,6 +478,7 @@ def table_of(rows: list[Row], setting: Setting) -> Table:
     where = f"{setting.device.type}, float32 ({rows[0].precision})"
     table = Table(
         title=f"{where}: VJPs, and k = {setting.k} for all T tokens",
+        pad_edge=False,
         caption=(
             "layers: run/all; * extrapolated in proportion to them; totals are predicted passes "
             "over passes/s, without the solvers' own algebra; the vocabulary, which is not on the "
