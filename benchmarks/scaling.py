@@ -1,12 +1,12 @@
 """Growth with length, width and depth at the shapes of published models of 8B to 70B parameters.
 
-All layers of a model share one layer's random weights (`shapes.py`), so that flops and activations
-are those of the real model while memory is one layer. Per shape and length T, in turn and in the
-same run: a block of VJPs, and the matrix products that the block cannot do without (v, o, up and
-down of every layer for `block · T` rows, and `Pᵀ G` of every head). Their ratio is the share of the
-matrix-product limit. The total time for k triplets of all T tokens is the number of passes that
-`svd.plan` predicts over the measured passes per second; the solvers' own algebra, the preparation
-of the linear system and that a JVP may not cost what a VJP costs are not in it.
+All layers of a model share one layer's random weights (`elm_lanczos.shared_layer`), so that flops
+and activations are those of the real model while memory is one layer. Per shape and length T, in
+turn and in the same run: a block of VJPs, and the matrix products that the block cannot do without
+(v, o, up and down of every layer for `block · T` rows, and `Pᵀ G` of every head). Their ratio is
+the share of the matrix-product limit. The total time for k triplets of all T tokens is the number
+of passes that `svd.plan` predicts over the measured passes per second; the solvers' own algebra,
+the preparation of the linear system and that a JVP may not cost what a VJP costs are not in it.
 
 On a CPU a few vectors are pushed through one layer, and the time of the whole depth is extrapolated
 in proportion to the layers; what is extrapolated is marked. With one thread the clock is the
@@ -35,12 +35,13 @@ import typer
 from machine import write_results
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, VOCABULARY, load_shape, shared_layer_model, weight_bytes
+from shapes import SHAPES, load_shape, weight_bytes
 
 from elm_lanczos import DetachedModel, svd
 from elm_lanczos.errors import UsageError
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.model import usable_device
+from elm_lanczos.shared_layer import VOCABULARY, shared_layer_model
 from elm_lanczos.svd.plan import DEFAULT_TOL, Plan, make_plan
 from elm_lanczos.svd.result import SVDResult
 

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from elm_lanczos.chain import Segment, is_linear, is_out_of_memory, not_frozen, trace
 from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Tape, linear
+from elm_lanczos.memory import free_bytes
 from elm_lanczos.model import DetachedModel, Prediction
 from elm_lanczos.rules import RULES, unfrozen
 from elm_lanczos.storage import slots
@@ -169,7 +169,7 @@ class Linearization:
         self.ids = ids
         self.position = position % inputs.shape[0]
         self._rules = RULES if rules is None else rules
-        self.memory = psutil.virtual_memory().available // 2 if memory is None else memory
+        self.memory = free_bytes(inputs.device) // 2 if memory is None else memory
         mode = self._freezing(type(model.decoder).__name__)
         found = trace(model, inputs, self.position, mode, ids)
         self.segments = found.segments
@@ -201,7 +201,7 @@ class Linearization:
     # ---------------------------------------------------------------------- linear maps
 
     def _default_block(self) -> int:
-        """Vectors per block: enough rows for full-speed matrix products, within the memory."""
+        """Vectors per block: enough rows for full-speed products, within caches and memory."""
         T, d = self.inputs.shape
         table = self.model.embedding.weight
         widest = max(
@@ -213,7 +213,7 @@ class Linearization:
             default=d,
         )
         per_vector = 6 * T * max(widest, d) * self.output.element_size()
-        return int(max(1, min(64, 8192 // T + 1, self.memory // 4 // per_vector)))
+        return int(max(1, min(256, 8192 // T + 1, self.memory // 4 // per_vector)))
 
     def _bytes_of_maps(self) -> int:
         """Estimates the bytes that all linearised layers hold: weights, gates, attention."""

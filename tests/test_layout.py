@@ -11,7 +11,7 @@ import elm_lanczos
 
 PACKAGE = Path(elm_lanczos.__file__).parent
 ORDER = [
-    ["errors", "lazy", "status"],
+    ["errors", "lazy", "memory", "status"],
     ["attention"],
     ["freezing"],
     ["rules", "storage"],
@@ -25,8 +25,10 @@ ORDER = [
     ["store"],
     ["analysis"],
     ["architectures"],
+    ["shared_layer"],
     ["check"],
     ["prompts", "config"],
+    ["planning"],
     ["run"],
     ["report"],
     ["cli"],

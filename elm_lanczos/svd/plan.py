@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from elm_lanczos.errors import UsageError
+from elm_lanczos.memory import free_bytes
 
 METHODS = ("auto", "lanczos", "stream", "dense")
 DEFAULT_TOL = {torch.float32: 1e-5, torch.float64: 1e-10}
 GROUP = 64
 VERIFY = 8
 PROBES = 8
+# Entries of the matrices that `dense` solves at a time, 256 MiB in float32.
+_SOLVED_ELEMENTS = 2**26
+# An SVD of a whole matrix takes as long as block Krylov iteration where the block's width is this
+# part of the matrix.
+_KRYLOV_WIDTHS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class Plan:
         max_streams: stream: streams after which operators are given up.
         cotangent_block: stream, dense: cotangents that flow by at a time.
         panel: Operators whose state is held at a time.
+        solver: dense: 'svd' or 'krylov', how the matrices are solved.
+        together: dense: matrices that are solved at a time.
+        scratch: dense: folder of the file that keeps the rows; None keeps them in memory.
         memory: Bytes to work within.
         passes: Predicted passes by method.
         bytes: Predicted bytes by method, of one panel.
@@ -61,9 +70,12 @@ class Plan:
     max_streams: int
     cotangent_block: int
     panel: int
+    solver: str
+    together: int
+    scratch: str | None
     memory: int
-    passes: dict[str, int]
-    bytes: dict[str, int]
+    passes: dict[str, int] = field(hash=False)
+    bytes: dict[str, int] = field(hash=False)
     reason: str
 
 
@@ -77,6 +89,9 @@ def make_plan(
     tol: float | None = None,
     seed: int = 0,
     memory: int | None = None,
+    *,
+    block: int = 64,
+    scratch: str | None = None,
 ) -> Plan:
     """Resolve the options of `svd` for n operators of shape m×d.
 
@@ -91,12 +106,14 @@ def make_plan(
         seed: Seeds every random vector.
         memory: Bytes to work within; by default at most half of what is available, a power of two
             so that runs on one machine agree.
+        block: Vectors that the operators take at a time; cotangents flow by in multiples of it.
+        scratch: dense: a folder for a file that keeps the rows.
 
     Returns:
         The plan.
 
     Raises:
-        UsageError: Where k, method, tol, seed, memory or dtype cannot be used.
+        UsageError: Where k, method, tol, seed, memory, scratch or dtype cannot be used.
     """
     if dtype not in DEFAULT_TOL:
         raise UsageError(f"singular triplets are computed in float32 or float64, not {dtype}")
@@ -113,39 +130,51 @@ def make_plan(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed must be a whole number from 0, not {seed!r}")
     if memory is None:
-        memory = 2 ** (int(psutil.virtual_memory().available // 2).bit_length() - 1)
+        memory = 2 ** ((free_bytes(torch.device("cpu")) // 2).bit_length() - 1)
     if memory <= 0:
         raise UsageError(f"memory must be a positive number of bytes, not {memory!r}")
+    if scratch is not None and method != "dense":
+        raise UsageError("a scratch file keeps the rows of method 'dense'")
+    if scratch is not None and not os.path.isdir(scratch):
+        raise UsageError(f"scratch must be a folder, and {scratch} is none")
 
     item = dtype.itemsize
-    width = min(small, max(3 * k, 32, small // 32))
-    steps, streams = _lanczos_steps(k, small, tol), _streams(width, d, tol)
+    width = min(small, max(2 * k + 32, small // 32))
+    steps, streams = lanczos_steps(k, small, tol), stream_count(width, d, tol)
     lanczos_basis = min(small, 3 * k + 24)
     stream_basis = min(d, 8 * width)
 
     # Bytes an operator's state takes: bases and the vectors that are being made.
     lanczos_bytes = (lanczos_basis + 3 * k + 8) * (m + d) * item
     stream_bytes = min(d, streams * width) * (2 * m + 2 * d) * item
-    dense_bytes = 3 * m * d * item
-    block = max(1, min(32, m, memory // (8 * n * d * item)))
-    rows_bytes = 2 * block * n * d * item
+    dense_bytes = m * d * item
+    cotangents = _cotangent_block(block, m, memory // (8 * n * d * item))
+    rows_bytes = 2 * cotangents * n * d * item
+    together = max(1, min(GROUP, _SOLVED_ELEMENTS // (m * d), memory // (8 * dense_bytes)))
+    solved_bytes = 4 * min(n, together) * dense_bytes
     room = max(1, memory - rows_bytes)
 
     def panel(state: int) -> int:
         return max(1, min(n, room // state))
 
+    kept_bytes = 0 if scratch is not None else dense_bytes
+    rows_panel = max(1, min(n, (room - solved_bytes) // dense_bytes)) if kept_bytes else n
+
     passes = {
         "lanczos": n * 2 * (steps + min(VERIFY, small - k) + k) + PROBES * math.ceil(n / GROUP),
-        "stream": math.ceil(n / panel(stream_bytes)) * (width + streams * m),
-        "dense": math.ceil(n / panel(dense_bytes)) * m,
+        "stream": math.ceil(n / panel(stream_bytes))
+        * _stream_passes(panel(stream_bytes), m, d, width, k, tol),
+        "dense": math.ceil(n / rows_panel) * m,
     }
     needed = {
         "lanczos": min(n, GROUP) * lanczos_bytes + rows_bytes,
         "stream": panel(stream_bytes) * stream_bytes + rows_bytes,
-        "dense": panel(dense_bytes) * dense_bytes + rows_bytes,
+        "dense": rows_panel * kept_bytes + solved_bytes + rows_bytes,
     }
     if method == "auto":
-        chosen = "lanczos" if passes["lanczos"] <= passes["stream"] else "stream"
+        # Where each operator has vectors of its own, few operators leave the blocks almost empty.
+        slower = 1 + block / (16 * min(n, GROUP, block))
+        chosen = "lanczos" if passes["lanczos"] * slower <= passes["stream"] else "stream"
         other = "stream" if chosen == "lanczos" else "lanczos"
         reason = (
             f"{chosen}: about {passes[chosen]} passes for {n} operators of {m}×{d}, "
@@ -153,7 +182,7 @@ def make_plan(
         )
     else:
         chosen, reason = method, f"{method}: asked for"
-    state = {"lanczos": lanczos_bytes, "stream": stream_bytes, "dense": dense_bytes}[chosen]
+    panels = {"lanczos": n, "stream": panel(stream_bytes), "dense": rows_panel}
     return Plan(
         method=chosen,
         k=k,
@@ -167,8 +196,11 @@ def make_plan(
         probes=PROBES,
         width=width,
         max_streams=24,
-        cotangent_block=block,
-        panel=panel(state),
+        cotangent_block=cotangents,
+        panel=panels[chosen],
+        solver="krylov" if _KRYLOV_WIDTHS * width <= small else "svd",
+        together=together,
+        scratch=scratch,
         memory=int(memory),
         passes=passes,
         bytes=needed,
@@ -176,15 +208,56 @@ def make_plan(
     )
 
 
-# Fitted to transformer Jacobians (d = 256) and to σ_i = i^-1/2. Steps measured for k = 1, 4, 16 and
-# 48: 11, 17, 38, 82 at tol = 1e-5 and 15, 22, 44, 90 at 1e-10. Streams until the last of dozens of
-# operators had converged, for k = 1 and 16: 3, 4 at tol = 1e-5 and 5, 6 at 1e-10.
-def _lanczos_steps(k: int, small: int, tol: float) -> int:
+# Fitted to transformer Jacobians (d = 256) and to σ_i = i^-1/2.
+def lanczos_steps(k: int, small: int, tol: float) -> int:
+    """Steps that a Krylov sequence is expected to need for k triplets.
+
+    Measured for k = 1, 4, 16 and 48: 11, 17, 38, 82 at tol = 1e-5 and 15, 22, 44, 90 at 1e-10.
+
+    Args:
+        k: Triplets.
+        small: The shorter side of the operators.
+        tol: Largest residual relative to σ₁.
+
+    Returns:
+        The number of steps.
+    """
     return min(small, round(1.55 * k + 6 + 0.8 * _digits(tol)))
 
 
-def _streams(width: int, d: int, tol: float) -> int:
-    return min(math.ceil(d / width), math.ceil(1.5 + 0.45 * _digits(tol)))
+def stream_count(width: int, d: int, tol: float) -> int:
+    """Streams that the last of many operators is expected to need.
+
+    Measured with the default width: 2, 3 and 4 for k = 16 at tol = 1e-3, 1e-5 and 1e-10, and 2, 3
+    and 5 for k = 4.
+
+    Args:
+        width: Vectors in a block.
+        d: Columns of the operators.
+        tol: Largest residual relative to σ₁.
+
+    Returns:
+        The number of streams.
+    """
+    return min(math.ceil(d / width), round(1 + 0.4 * _digits(tol)))
+
+
+def _stream_passes(n: int, m: int, d: int, width: int, k: int, tol: float) -> int:
+    """Passes of one panel: all streams, or fewer and what finishes the operators by products."""
+    most = stream_count(width, d, tol)
+    least = width + most * m
+    for streams in range(1, most):
+        missing = _digits(tol) - (streams - 0.5) / 0.4
+        own = 2 * n * k * math.ceil(missing * math.log(10) / math.log(6))
+        if own <= m:
+            least = min(least, width + streams * m + own)
+    return least
+
+
+def _cotangent_block(block: int, m: int, room: int) -> int:
+    """Cotangents at a time: about 64, in whole blocks of those the operators take at a time."""
+    block = min(block, m)
+    return max(1, min(m, room, block * max(1, 64 // block)))
 
 
 def _digits(tol: float) -> float:
