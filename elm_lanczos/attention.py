@@ -229,7 +229,8 @@ def _registered_attention(
         attention_mask = bias if attention_mask is None else attention_mask + bias
     sinks = sinks if s_aux is None else s_aux
     if one is not None:
-        query, attention_mask, sinks = (one.row(x) for x in (query, attention_mask, sinks))
+        attention_mask, sinks = one.row(attention_mask), one.row(sinks)
+        query = query[:, :, one.position : one.position + 1]
     out = attention(query, key, value, attention_mask, scaling, softcap, sinks)
     out = out.transpose(1, 2).contiguous()
     if one is not None:

@@ -46,6 +46,45 @@ PickleOption = Annotated[
     bool | None, typer.Option("--allow-pickle", help="Load weights that are no safetensors.")
 ]
 
+ComputeDtypeOption = Annotated[
+    str | None, typer.Option(help="How everything is computed: float32 or float64.")
+]
+
+# options of every verb that is about a run
+KOption = Annotated[int | None, typer.Option(help="Triplets per token (default: 16)")]
+SeqFileOption = Annotated[
+    str | None,
+    typer.Option(help="Prompts: text, one a line, or JSON lines with text and id; - for stdin."),
+]
+TextOption = Annotated[str | None, typer.Option(help="One prompt.")]
+GenerateOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Append N greedy tokens; solve each prediction's system."),
+]
+MethodOption = Annotated[
+    str | None, typer.Option(help="auto, lanczos, stream, or dense (default: auto)")
+]
+TolOption = Annotated[
+    float | None,
+    typer.Option(help="Residual relative to σ₁ (default: 1e-5 float32, 1e-10 float64)"),
+]
+TokensOption = Annotated[
+    str | None,
+    typer.Option(help="Tokens: all, last:8, first:8, 0,5,9 or start:stop:step (default: all)"),
+]
+BatchOption = Annotated[int | None, typer.Option(help="Vectors pushed through a layer at once.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Memory to work within, as in 8GiB (default: half of what is free)"),
+]
+ScratchOption = Annotated[
+    str | None,
+    typer.Option(help="With --method dense: folder of a file that keeps the Jacobians' rows."),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="YAML file of these options; options given here win.")
+]
+
 app = typer.Typer(
     name="elm-lanczos",
     add_completion=False,
@@ -84,47 +123,27 @@ def run(
         str | None, typer.Option(help="Hugging Face id or folder (default: bundled model)")
     ] = None,
     revision: RevisionOption = None,
-    k: Annotated[int | None, typer.Option(help="Triplets per token (default: 16)")] = None,
-    seq_file: Annotated[
-        str | None,
-        typer.Option(
-            help="Prompts: text, one a line, or JSON lines with text and id; - for stdin."
-        ),
-    ] = None,
-    text: Annotated[str | None, typer.Option(help="One prompt.")] = None,
-    generate: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Append N greedy tokens; solve each prediction's system."),
-    ] = None,
+    k: KOption = None,
+    seq_file: SeqFileOption = None,
+    text: TextOption = None,
+    generate: GenerateOption = None,
     out: Annotated[
         str | None, typer.Option(help="Result store (default: runs/<date>_<time>.zarr)")
     ] = None,
     dtype: DtypeOption = None,
-    compute_dtype: Annotated[
-        str | None, typer.Option(help="How everything is computed: float32 or float64.")
-    ] = None,
+    compute_dtype: ComputeDtypeOption = None,
     gate: GateOption = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
-    method: Annotated[
-        str | None, typer.Option(help="auto, lanczos, stream, or dense (default: auto)")
-    ] = None,
-    tol: Annotated[
-        float | None,
-        typer.Option(help="Residual relative to σ₁ (default: 1e-5 float32, 1e-10 float64)"),
-    ] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(help="Tokens: all, last:8, first:8, 0,5,9 or start:stop:step (default: all)"),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Vectors pushed through a layer at once.")
-    ] = None,
+    method: MethodOption = None,
+    tol: TolOption = None,
+    tokens: TokensOption = None,
+    batch: BatchOption = None,
     top: Annotated[int | None, typer.Option(help="Words per direction (default: 8)")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random vector.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of these options; options given here win.")
-    ] = None,
+    memory: MemoryOption = None,
+    scratch: ScratchOption = None,
+    config: ConfigOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the store at --out.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the store at --out.")
@@ -137,7 +156,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Compute, decode and store the singular triplets of every prompt."""
-    from elm_lanczos.config import run_config
+    from elm_lanczos.config import RunConfig, run_config
 
     given = {
         "model": model,
@@ -158,10 +177,12 @@ def run(
         "batch": batch,
         "top": top,
         "seed": seed,
+        "memory": memory,
+        "scratch": scratch,
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
     }
-    options = run_config(config, given)
+    options = run_config(config, given, RunConfig)
     _silence_libraries()
     from elm_lanczos.report.json_lines import JsonLines
     from elm_lanczos.report.terminal import Terminal
@@ -170,6 +191,91 @@ def run(
     with JsonLines() if json else Terminal(quiet=quiet) as observer:
         outcome = run_prompts(options, observer, resume=resume, overwrite=overwrite)
     _warn(outcome, quiet=quiet or json)
+
+
+@app.command(
+    epilog="Examples:  elm-lanczos plan --seq-file prompts.txt --k 16  ·  "
+    "elm-lanczos plan meta-llama/Llama-3.1-8B --length 128,2048 --device cuda  ·  "
+    "elm-lanczos plan path/to/70B/config.json --random --length 128"
+)
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hugging Face id or folder (default: bundled model); with --random also a "
+            "config.json or a model type such as qwen3."
+        ),
+    ] = None,
+    random: Annotated[
+        bool,
+        typer.Option("--random", help="Time a few random layers of its shape; needs no weights."),
+    ] = False,
+    revision: RevisionOption = None,
+    k: KOption = None,
+    seq_file: SeqFileOption = None,
+    text: TextOption = None,
+    length: Annotated[
+        str | None, typer.Option(help="Numbers of tokens instead of prompts, as in 128,2048.")
+    ] = None,
+    generate: GenerateOption = None,
+    dtype: DtypeOption = None,
+    compute_dtype: ComputeDtypeOption = None,
+    gate: GateOption = None,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    method: MethodOption = None,
+    tol: TolOption = None,
+    tokens: TokensOption = None,
+    batch: BatchOption = None,
+    memory: MemoryOption = None,
+    scratch: ScratchOption = None,
+    config: ConfigOption = None,
+    trust_remote_code: TrustOption = None,
+    allow_pickle: PickleOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Predict passes, time and memory of each method, before anything runs."""
+    from elm_lanczos.config import PlanConfig, run_config
+
+    given = {
+        "model": model,
+        "revision": revision,
+        "k": k,
+        "seq_file": seq_file,
+        "text": text,
+        "length": length,
+        "generate": generate,
+        "dtype": dtype,
+        "compute_dtype": compute_dtype,
+        "gate": gate,
+        "device": device,
+        "device_map": device_map,
+        "method": method,
+        "tol": tol,
+        "tokens": tokens,
+        "batch": batch,
+        "memory": memory,
+        "scratch": scratch,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
+    options = run_config(config, given, PlanConfig)
+    if random and options.model is None:
+        raise UsageError("--random needs a model type, a config.json or a model to be like")
+    _silence_libraries()
+    from rich.console import Console
+
+    from elm_lanczos.planning import plan_run
+    from elm_lanczos.report.forecast import render_forecast
+    from elm_lanczos.run import load_model
+
+    status = Console(stderr=True)
+    with status.status("timing a block of passes …"):
+        forecast = plan_run(options, None if random else load_model(options))
+    if json:
+        typer.echo(dumps(forecast.to_dict()))
+    else:
+        Console().print(render_forecast(forecast))
 
 
 @app.command(epilog="Example:  elm-lanczos show runs/demo.zarr --prompt 2")

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from elm_lanczos.errors import UsageError
 
@@ -52,6 +60,8 @@ class RunConfig(ModelConfig):
     batch: StrictInt | None = Field(None, ge=1, description="vectors per block")
     top: StrictInt = Field(8, ge=1, le=64, description="decoded words per direction")
     seed: StrictInt = Field(0, ge=0, lt=2**63, description="seed of every random vector")
+    memory: ByteSize | None = Field(None, ge=1, description="bytes to work within, as in 8GiB")
+    scratch: str | None = Field(None, description="dense: folder of a file that keeps the rows")
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> RunConfig:
@@ -60,12 +70,29 @@ class RunConfig(ModelConfig):
         return self
 
 
-def run_config(file: Path | None, given: dict[str, Any]) -> RunConfig:
+class PlanConfig(RunConfig):
+    """What a run would be, for `elm-lanczos plan`: prompts may be given by their lengths alone."""
+
+    length: str | None = Field(None, description="numbers of tokens instead of prompts")
+
+    @model_validator(mode="after")
+    def _one_source_of_prompts(self) -> PlanConfig:
+        given = [x for x in (self.seq_file, self.text, self.length) if x is not None]
+        if len(given) != 1:
+            raise ValueError("give one of --seq-file FILE, --text TEXT and --length 128,2048")
+        return self
+
+
+Options = TypeVar("Options", bound=RunConfig)
+
+
+def run_config(file: Path | None, given: dict[str, Any], kind: type[Options]) -> Options:
     """Returns the options of a run: those given over those of the file over the defaults.
 
     Args:
         file: a YAML file of options, or None.
         given: options by field name; None means not given.
+        kind: RunConfig, or PlanConfig.
 
     Returns:
         The validated options.
@@ -75,9 +102,10 @@ def run_config(file: Path | None, given: dict[str, Any]) -> RunConfig:
     """
     options = _read_yaml(file) if file is not None else {}
     given = {key: value for key, value in given.items() if value is not None}
-    if given.keys() & {"text", "seq_file"}:  # one source given replaces the other in the file
-        options = {k: v for k, v in options.items() if k not in ("text", "seq_file")}
-    return validated(RunConfig, options | given)
+    sources = ("text", "seq_file", "length")
+    if given.keys() & set(sources):  # one source given replaces the other in the file
+        options = {k: v for k, v in options.items() if k not in sources}
+    return validated(kind, options | given)
 
 
 Config = TypeVar("Config", bound=BaseModel)

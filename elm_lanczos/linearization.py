@@ -45,6 +45,10 @@ _BOUNDS = {
 }
 
 
+# Copies of a block that exist at a time while it goes through a layer.
+_COPIES = 6
+
+
 @dataclass(frozen=True)
 class Certificate:
     """How exactly the linear system reproduces the model, in relative figures.
@@ -177,7 +181,9 @@ class Linearization:
         self.output = found.output[0, self.position].detach().to(inputs.device)
         if not self.output.isfinite().all():
             raise ModelError(f"{model.name}: the forward pass gives values that are not finite")
-        self.block = self._default_block() if block is None else block
+        size = self.output.element_size()
+        block = block or self.default_block(len(inputs), self.width, size, self.memory)
+        self.block = block
         self.narrowed = self._same_map(found.at_position, found.segments[-2:])
         if self.narrowed:
             self.segments = (*found.segments[:-2], *found.at_position)
@@ -200,20 +206,39 @@ class Linearization:
 
     # ---------------------------------------------------------------------- linear maps
 
-    def _default_block(self) -> int:
-        """Vectors per block: enough rows for full-speed products, within caches and memory."""
-        T, d = self.inputs.shape
+    @cached_property
+    def width(self) -> int:
+        """The widest that a vector gets on its way, such as inside an MLP."""
         table = self.model.embedding.weight
-        widest = max(
-            (
-                slot.shape[0]
-                for slot in slots(self.model.decoder, buffers=False)
-                if len(slot.shape) == 2 and slot.tensor is not table
-            ),
-            default=d,
+        widths = (
+            slot.shape[0]
+            for slot in slots(self.model.decoder, buffers=False)
+            if len(slot.shape) == 2 and slot.tensor is not table
         )
-        per_vector = 6 * T * max(widest, d) * self.output.element_size()
-        return int(max(1, min(256, 8192 // T + 1, self.memory // 4 // per_vector)))
+        return max(widths, default=self.inputs.shape[1])
+
+    @staticmethod
+    def default_block(length: int, width: int, itemsize: int, memory: int) -> int:
+        """Vectors per block: enough rows for full-speed products, within caches and memory.
+
+        Args:
+            length: number of tokens T.
+            width: the widest that a vector gets.
+            itemsize: bytes of a number.
+            memory: bytes to work within.
+
+        Returns:
+            The number of vectors.
+        """
+        per_vector = _COPIES * length * width * itemsize
+        return int(max(1, min(256, 8192 // length + 1, memory // 4 // per_vector)))
+
+    @property
+    def held_bytes(self) -> int:
+        """Estimates the bytes that linearised layers and a block of vectors take."""
+        T, _ = self.inputs.shape
+        maps = self._bytes_of_maps() // (1 if self.keep else len(self.segments))
+        return maps + self.block * _COPIES * T * self.width * self.output.element_size()
 
     def _bytes_of_maps(self) -> int:
         """Estimates the bytes that all linearised layers hold: weights, gates, attention."""

@@ -8,7 +8,7 @@ path, so the vocabulary is shrunk.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ def _random(empty: Tensor, generator: torch.Generator) -> Tensor:
 def _fill_buffers(model: nn.Module, module: nn.Module) -> None:
     """Gives rotary frequencies and embedding scales the values transformers starts them with."""
     weights = [parameter.clone() for parameter in module.parameters(recurse=False)]
-    model._init_weights(module)
+    initialise: Any = model._init_weights
+    initialise(module)
     for parameter, weight in zip(module.parameters(recurse=False), weights, strict=True):
         parameter.copy_(weight)

@@ -46,13 +46,13 @@ def test_any_selection_is_valid_or_refused(spec: str, length: int) -> None:
 def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("k: 3\nseq-file: a.txt\nseed: 7\n")
-    config = run_config(file, {"k": 5, "text": None})
+    config = run_config(file, {"k": 5, "text": None}, RunConfig)
     assert (config.k, config.seq_file, config.seed, config.top) == (5, "a.txt", 7, 8)
-    assert run_config(file, {"text": "b"}).seq_file is None  # another source replaces it
+    assert run_config(file, {"text": "b"}, RunConfig).seq_file is None  # another source replaces it
 
 
 def test_demo_configuration_is_valid() -> None:
-    config = run_config(ROOT / "configs" / "demo.yaml", {})
+    config = run_config(ROOT / "configs" / "demo.yaml", {}, RunConfig)
     assert isinstance(config, RunConfig) and (ROOT / str(config.seq_file)).exists()
 
 

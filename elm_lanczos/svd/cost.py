@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from elm_lanczos.memory import duration, size
 from elm_lanczos.operators import OperatorBatch
 from elm_lanczos.svd.plan import GROUP, METHODS, Plan, lanczos_steps, make_plan, stream_count
 from elm_lanczos.svd.solve import solve
@@ -33,13 +34,13 @@ class Cost:
     Attributes:
         method: 'lanczos', 'stream' or 'dense'.
         passes: JVPs and VJPs.
-        seconds: Time, with the solver's algebra.
+        seconds: Time, with the solver's algebra; None where it is not known.
         bytes: Memory of the solver's state.
     """
 
     method: str
     passes: int
-    seconds: float
+    seconds: float | None
     bytes: int
 
 
@@ -68,6 +69,7 @@ def predict(
     memory: int | None = None,
     scratch: str | None = None,
     block: int = 64,
+    methods: Sequence[str] = METHODS[1:],
 ) -> dict[str, Cost]:
     """Predict what each method takes on a batch of operators, by timing a block of each product.
 
@@ -78,9 +80,10 @@ def predict(
         memory: Bytes to work within; by default as for `svd`.
         scratch: dense: a folder for a file that keeps the rows.
         block: Vectors that the operators take at a time.
+        methods: Some of 'lanczos', 'stream' and 'dense'; all by default.
 
     Returns:
-        The cost of 'lanczos', 'stream' and 'dense'.
+        The cost of each of the methods.
     """
     plans = {
         method: make_plan(
@@ -93,9 +96,27 @@ def predict(
             scratch=scratch if method == "dense" else None,
             block=block,
         )
-        for method in METHODS[1:]
+        for method in methods
     }
-    return price(plans, batch.shape, batch.device, time_block(batch, plans["stream"]))
+    return price(plans, batch.shape, batch.device, time_block(batch, block))
+
+
+def faster_dense(chosen: Cost, dense: Cost) -> str | None:
+    """One line saying that `dense` would be at least twice as fast, if it would.
+
+    Args:
+        chosen: The cost of the method chosen.
+        dense: That of 'dense'.
+
+    Returns:
+        The line, or None.
+    """
+    if chosen.seconds is None or dense.seconds is None or chosen.seconds < 2 * dense.seconds:
+        return None
+    return (
+        f"--method dense would take about {duration(dense.seconds)} instead of "
+        f"{duration(chosen.seconds)}, with {size(dense.bytes)} for explicit Jacobians"
+    )
 
 
 def price(
@@ -123,12 +144,12 @@ def price(
 
 
 @torch.no_grad()
-def time_block(batch: OperatorBatch, plan: Plan) -> Rates:
+def time_block(batch: OperatorBatch, block: int) -> Rates:
     """Time one block of VJPs that serve all operators, and one of a product for each of them.
 
     Args:
         batch: The operators.
-        plan: Gives the number of cotangents.
+        block: Vectors that the operators take at a time.
 
     Returns:
         The rates.
@@ -139,8 +160,8 @@ def time_block(batch: OperatorBatch, plan: Plan) -> Rates:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(batch.device, batch.dtype)
 
-    some = torch.arange(min(n, GROUP))
-    Y, V, U = random(plan.cotangent_block, m), random(len(some), d), random(len(some), m)
+    some = torch.arange(min(n, GROUP, block))
+    Y, V, U = random(min(m, block), m), random(len(some), d), random(len(some), m)
     row = _seconds(lambda: batch.rows(Y), batch.device)
     steps = [
         _seconds(lambda: batch.matvec(V, some), batch.device),
@@ -181,6 +202,8 @@ def algebra_seconds(plan: Plan, n: int, m: int, d: int, device: torch.device) ->
     # Fixed numbers of streams and steps, as predicted, whatever the stand-ins would need.
     fixed = replace(
         plan,
+        memory=0,
+        reason="",
         tol=0.0,
         panel=2**62,
         max_streams=streams,
