@@ -33,6 +33,7 @@ class Plan:
         seed: Seeds every random vector.
         dtype: 'float32' or 'float64'.
         basis: Largest Krylov basis; reaching it leads to a thick restart.
+        block: lanczos: vectors of each operator that a step adds.
         max_restarts: lanczos: restarts after which an operator is given up.
         check_every: lanczos: steps between convergence tests.
         verify: lanczos: steps of the search for missed values after convergence.
@@ -53,6 +54,7 @@ class Plan:
     seed: int
     dtype: str
     basis: int
+    block: int
     max_restarts: int
     check_every: int
     verify: int
@@ -161,8 +163,9 @@ def make_plan(
         seed=seed,
         dtype=str(dtype).removeprefix("torch."),
         basis=stream_basis if chosen == "stream" else lanczos_basis,
+        block=1,
         max_restarts=100,
-        check_every=4,
+        check_every=1,
         verify=VERIFY,
         probes=PROBES,
         width=width,
