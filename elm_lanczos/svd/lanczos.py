@@ -78,6 +78,11 @@ _SMALLEST_TARGET = 0.5
 _CHECK_ROUNDING = 16.0
 # The probability of a missed value at which a check ends early.
 _MISS = 1e-3
+# Relative rounding of the components in a check's blocks, grown through as many small solves.
+_GROWTH_ROUNDING = 1e-9
+# Digits by which a step brings residuals, or that probability, down at most, or nearly so: decides
+# when the next test is worth its wait for the device.
+_DIGITS_A_STEP = 1.0
 
 
 @dataclass
@@ -100,6 +105,7 @@ class _Bidiagonalization:
         reseeds: Random vectors taken at breakdowns (a,).
         check: The state of the check for missed values.
         j: Vectors in the current basis.
+        wait: Steps before the next test.
     """
 
     member: Tensor
@@ -117,6 +123,7 @@ class _Bidiagonalization:
     reseeds: Tensor
     check: _Check
     j: int
+    wait: int
 
     def select(self, rows: Tensor) -> _Bidiagonalization:
         """The operators where rows, a (a,) bool mask on the CPU, is true."""
@@ -290,6 +297,7 @@ def _begin(group: _Group) -> _Bidiagonalization:
             limit=torch.zeros(g, group.plan.k, dtype=torch.float64),
         ),
         j=0,
+        wait=group.plan.check_every,
     )
 
 
@@ -393,7 +401,7 @@ def _advance(group: _Group, fact: _Bidiagonalization, found: _Found) -> _Bidiago
     plan, k, b = group.plan, group.plan.k, group.block
     full = group.basis - (0 if group.basis == group.short else b) + 1
     begun = fact.j
-    stop = min(max(fact.j + plan.check_every, k), group.basis)
+    stop = min(max(fact.j + b * fact.wait, k), group.basis)
     _expand(group, fact, min(stop, full))
     ritz = _ritz(group, fact)
     check, values = fact.check, ritz.values[:, :k]
@@ -401,20 +409,20 @@ def _advance(group: _Group, fact: _Bidiagonalization, found: _Found) -> _Bidiago
     small = (ritz.residual[:, :k] <= _target(group) * values[:, :1]).all(1) & ritz.finite
     check.made += torch.where(check.active, fact.j - begun, 0)
     exceeded = (check.active | check.passed) & (values > check.limit).any(1)
-    ended = (
-        check.active
-        & ritz.finite
-        & ((check.made >= plan.verify * b) | (_missed(group, fact, ritz) <= _MISS))
-    )
+    missed = _missed(group, fact, ritz)
+    ended = check.active & ritz.finite & ((check.made >= plan.verify * b) | (missed <= _MISS))
     exceeded |= ended & (_outside(group, fact, ritz, ended) > check.limit[:, -1])
     check.passed = (check.passed | ended) & ~exceeded
     check.active &= ~(ended | exceeded)
 
     begins = small & ~check.active & ~check.passed
-    limit = _limit(group, fact, ritz)
-    # What the left vectors have in sight need not be searched for: the next steps will find it.
-    begins &= _outside(group, fact, ritz, begins) <= limit[:, -1]
-    check.limit[begins] = limit[begins]
+    if begins.any():
+        limit = _limit(group, fact, ritz)
+        # What the left vectors have in sight need not be searched for: the next steps find it.
+        begins &= _outside(group, fact, ritz, begins) <= limit[:, -1]
+        check.limit[begins] = limit[begins]
+    largest = ritz.residual[:, :k].amax(1) / (_target(group) * values[:, 0])
+    ahead = torch.where(check.active, missed / _MISS, torch.where(begins, 1 / _MISS, largest))
 
     whole = fact.j == group.short
     filled = fact.j >= full
@@ -426,15 +434,19 @@ def _advance(group: _Group, fact: _Bidiagonalization, found: _Found) -> _Bidiago
     if leaves.any():
         found.keep(fact.select(leaves), ritz.select(leaves), settled[leaves])
         stay = ~leaves
-        fact, ritz, small, begins = fact.select(stay), ritz.select(stay), small[stay], begins[stay]
+        fact, ritz = fact.select(stay), ritz.select(stay)
+        small, begins, ahead = small[stay], begins[stay], ahead[stay]
     if filled and len(fact.member):
         _restart(group, fact, ritz)
     if begins.any():
         _begin_check(group, fact, begins)
     astray = ritz.lost & ~small & ~fact.check.active
     if astray.any():
-        largest = ritz.rest.norm(dim=2).topk(min(b, k), dim=1).indices
-        _lead(group, fact, ritz.rest.take_along_dim(largest[..., None], 1), astray)
+        worst = ritz.rest.norm(dim=2).topk(min(b, k), dim=1).indices
+        _lead(group, fact, ritz.rest.take_along_dim(worst[..., None], 1), astray)
+    if len(ahead):
+        steps = ahead.nan_to_num(1.0).clamp(1.0, 1e300).log10().min() / _DIGITS_A_STEP
+        fact.wait = min(max(1, int(steps)), plan.check_every)
     return fact
 
 
@@ -539,7 +551,7 @@ def _miss_probability(
     """
     Y = torch.eye(b, dtype=B.dtype).expand(len(B), b, b)
     F, W = torch.zeros_like(Y), torch.zeros_like(Y)
-    right, left = Y.mT @ Y, W
+    right, left = [Y], [W]
     for begin in range(0, B.shape[1], b):
         block = slice(begin, begin + b)
         D = _at_least(B[:, block, block], least)
@@ -547,22 +559,25 @@ def _miss_probability(
         last = begin + b == B.shape[1]
         F = _at_least(beta if last else B[:, block, begin + b : begin + 2 * b], least)
         Y = torch.linalg.solve(F, sigma * W - D @ Y)
-        right, left = right + Y.mT @ Y, left + W.mT @ W
-    # The bases are orthonormal: |c|² times the smallest eigenvalue of either sum is at most 1.
-    growth = torch.maximum(*(torch.linalg.eigvalsh(_finite(G))[:, 0] for G in (right, left)))
-    radius = math.pi * growth.clamp_min(1.0).reciprocal() * N / (2 * math.pi)
-    return (radius ** (b / 2) / math.gamma(b / 2 + 1)).clamp_max(1.0)
+        right.append(Y)
+        left.append(W)
+    # The bases are orthonormal: neither column of components, for the true c, is longer than 1.
+    growth = torch.maximum(_least_growth(right), _least_growth(left))
+    return ((N / (2 * growth**2)) ** (b / 2) / math.gamma(b / 2 + 1)).clamp_max(1.0)
+
+
+def _least_growth(blocks: list[Tensor]) -> Tensor:
+    """The smallest singular value of stacked blocks (a, b, b), or 1 where rounding hides it."""
+    stacked = torch.cat(blocks, 1)
+    known = stacked.isfinite().flatten(1).all(1)
+    size = torch.linalg.svdvals(torch.where(known[:, None, None], stacked, 0.0))
+    return (size[:, -1] - _GROWTH_ROUNDING * size[:, 0]).clamp_min(1.0)
 
 
 def _at_least(triangular: Tensor, least: Tensor) -> Tensor:
     """Triangular matrices (a, b, b) with diagonals raised to least (a, 1)."""
     diagonal = triangular.diagonal(dim1=1, dim2=2)
     return triangular + torch.diag_embed((least - diagonal).clamp_min(0))
-
-
-def _finite(G: Tensor) -> Tensor:
-    """Matrices (a, b, b), those that overflowed replaced by 0."""
-    return torch.where(G.isfinite().all(2).all(1)[:, None, None], G, 0.0)
 
 
 class _Found:
