@@ -429,7 +429,8 @@ def _advance(group: _Group, fact: _Bidiagonalization, found: _Found) -> _Bidiago
     settled = ritz.finite & (check.passed & small | whole)
     # Each failed check brings a larger value into the set of k: more than k cannot be needed.
     spent = begins & (check.number > k + 1)
-    given_up = (fact.restarts.cpu() >= plan.max_restarts) & filled & ~small
+    exhausted = (fact.restarts.cpu() >= plan.max_restarts) & filled
+    given_up = exhausted & ~begins & ~check.active
     leaves = settled | given_up | spent | ~ritz.finite
     if leaves.any():
         found.keep(fact.select(leaves), ritz.select(leaves), settled[leaves])
