@@ -20,8 +20,10 @@ what follows are set to zero, so that later rotations leave it as it is.
 
 A Krylov sequence sees as many copies of a repeated singular value as its blocks have vectors. A
 converged set is therefore checked: the next block is replaced by a random one, orthogonal to the
-whole basis, and where a larger value shows up the iteration goes on. A singular vector z that the
-sequence could not see is orthogonal to all of V. Its component in the j-th block of the random
+whole basis, and where a larger value shows up the iteration goes on. Two parts of A are left beside
+the k triplets. One is what the other left vectors see, ‖AᵀU‖: it is known, and a check neither
+begins nor ends while it exceeds the k-th value. The other lies outside both bases; a singular
+vector z of it is orthogonal to all of V. Its component in the j-th block of the random
 sequence is Y_j c, where c is that in the random block, and the matrices Y_j follow for any singular
 value σ from the entries of B. Since Σ |Y_j c|² ≤ 1, |c|² is at most 1/λ, λ the smallest eigenvalue
 of Σ Y_jᵀ Y_j; in N dimensions a random block comes that close to being orthogonal to z with
