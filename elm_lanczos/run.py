@@ -420,7 +420,7 @@ def _plan(
         config.tol,
         seed,
         lin.memory,
-        block=lin.block,
+        vectors=lin.block,
         scratch=config.scratch,
     )
 
@@ -435,7 +435,7 @@ def _hint(lin: Linearization, config: RunConfig, tokens: Sequence[int], plan: Pl
         config.k,
         tol=config.tol,
         memory=lin.memory,
-        block=lin.block,
+        vectors=lin.block,
         methods=(plan.method, "dense"),
     )
     return faster_dense(costs[plan.method], costs["dense"])

@@ -241,6 +241,25 @@ class DiagonalPlusLowRank(LinearOperator):
         return self.a[:, None] * Y + self.Q @ (self.P.T @ Y)
 
 
+class ReflectedDiagonal(LinearOperator):
+    """(I − 2wwᵀ) diag(a): prescribed singular values in any dimension, no matrix."""
+
+    def __init__(self, a: Tensor, seed: int = 0) -> None:
+        super().__init__((len(a), len(a)), a.dtype, a.device)
+        generator = torch.Generator().manual_seed(seed)
+        w = torch.randn(len(a), 1, generator=generator, dtype=torch.float64)
+        self.a, self.w = a[:, None], (w / w.norm()).to(a.dtype)
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return self._reflect(self.a * X)
+
+    def _rmatmat(self, Y: Tensor) -> Tensor:
+        return self.a * self._reflect(Y)
+
+    def _reflect(self, X: Tensor) -> Tensor:
+        return X - 2 * self.w @ (self.w.T @ X)
+
+
 class ExplicitChain:
     """A linearisation given by its matrices (T, m, d): what TokenOperators need of one."""
 

@@ -68,7 +68,7 @@ def predict(
     tol: float | None = None,
     memory: int | None = None,
     scratch: str | None = None,
-    block: int = 64,
+    vectors: int = 64,
     methods: Sequence[str] = METHODS[1:],
 ) -> dict[str, Cost]:
     """Predict what each method takes on a batch of operators, by timing a block of each product.
@@ -79,7 +79,7 @@ def predict(
         tol: Largest residual relative to σ₁; by default as for `svd`.
         memory: Bytes to work within; by default as for `svd`.
         scratch: dense: a folder for a file that keeps the rows.
-        block: Vectors that the operators take at a time.
+        vectors: Vectors that the operators take at a time.
         methods: Some of 'lanczos', 'stream' and 'dense'; all by default.
 
     Returns:
@@ -94,11 +94,11 @@ def predict(
             tol,
             memory=memory,
             scratch=scratch if method == "dense" else None,
-            block=block,
+            vectors=vectors,
         )
         for method in methods
     }
-    return price(plans, batch.shape, batch.device, time_block(batch, block))
+    return price(plans, batch.shape, batch.device, time_block(batch, vectors))
 
 
 def faster_dense(chosen: Cost, dense: Cost) -> str | None:
@@ -144,12 +144,12 @@ def price(
 
 
 @torch.no_grad()
-def time_block(batch: OperatorBatch, block: int) -> Rates:
+def time_block(batch: OperatorBatch, vectors: int) -> Rates:
     """Time one block of VJPs that serve all operators, and one of a product for each of them.
 
     Args:
         batch: The operators.
-        block: Vectors that the operators take at a time.
+        vectors: Vectors that the operators take at a time.
 
     Returns:
         The rates.
@@ -160,8 +160,8 @@ def time_block(batch: OperatorBatch, block: int) -> Rates:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(batch.device, batch.dtype)
 
-    some = torch.arange(min(n, GROUP, block))
-    Y, V, U = random(min(m, block), m), random(len(some), d), random(len(some), m)
+    some = torch.arange(min(n, GROUP, vectors))
+    Y, V, U = random(min(m, vectors), m), random(len(some), d), random(len(some), m)
     row = _seconds(lambda: batch.rows(Y), batch.device)
     steps = [
         _seconds(lambda: batch.matvec(V, some), batch.device),
@@ -198,7 +198,7 @@ def algebra_seconds(plan: Plan, n: int, m: int, d: int, device: torch.device) ->
     n = max(1, min(n, _STAND_IN_ENTRIES // (m * d)))
     small = min(m, d)
     streams = stream_count(plan.width, d, plan.tol)
-    steps = min(small, lanczos_steps(plan.k, small, plan.tol) + plan.verify)
+    steps = lanczos_steps(plan.k, small, plan.tol)
     # Fixed numbers of streams and steps, as predicted, whatever the stand-ins would need.
     fixed = replace(
         plan,

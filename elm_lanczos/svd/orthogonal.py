@@ -58,31 +58,51 @@ def power_of_two_scale(samples: Tensor) -> Tensor:
     return torch.where(largest == 0, 1.0, scale)
 
 
-def next_vector(
-    basis: Tensor, w: Tensor, spare: Tensor, threshold: Tensor
+def next_block(
+    basis: Tensor, W: Tensor, spare: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The unit vector by which w extends a basis, or a random one where w lies in its span.
+    """Orthonormal rows by which W extends a basis, random ones where W lies in its span.
 
-    Everything is decided by masks: nothing waits for the device. The unit vector is made
-    orthogonal again after normalisation, because what is left of w may be mostly rounding error.
+    W = components · basis + lower · rows, up to what was replaced. Everything is decided by masks:
+    nothing waits for the device. The rows are made orthogonal again after normalisation, because
+    what is left of W may be mostly rounding error.
 
     Args:
-        basis: (a, j, d) orthonormal rows, j < d.
-        w: (a, d).
-        spare: (a, d) random vectors.
-        threshold: (a,) norms up to which (inclusive) w counts as lying in the span.
+        basis: (a, j, d) orthonormal rows, j + b ≤ d.
+        W: (a, b, d) rows.
+        spare: (a, b, d) random rows.
+        threshold: (a,) norms up to which (inclusive) a row of W counts as lying in the span of the
+            basis and the rows before it.
 
     Returns:
-        Unit vector (a, d); norm of what was left of w, 0 where it was replaced, (a,); components
-        of w along the basis, (a, j); whether w was replaced, (a,) bool.
+        Orthonormal rows (a, b, d); W in terms of them, lower triangular with 0 on the diagonal
+        where a row was replaced, (a, b, b); components of W along the basis, (a, b, j); which rows
+        were replaced, (a, b) bool.
     """
-    rest, components = project_out(basis, w[:, None])
-    norm = rest.norm(dim=-1, keepdim=True)
-    replaced = norm <= threshold[:, None, None]
-    unit = torch.where(replaced, normalise(spare[:, None]), rest / norm)
-    unit = normalise(project_out(basis, normalise(project_out(basis, unit)[0]))[0])
-    norm = torch.where(replaced, 0.0, norm)
-    return unit[:, 0], norm[:, 0, 0], components[:, 0], replaced[:, 0, 0]
+    rest, components = project_out(basis, W)
+    rows = torch.zeros_like(W)
+    lower = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
+    for i in range(W.shape[1]):
+        w, lower[:, i : i + 1, :i] = project_out(rows[:, :i], rest[:, i : i + 1])
+        norm = w.norm(dim=-1, keepdim=True)
+        lost = norm <= threshold[:, None, None]
+        rows[:, i : i + 1] = torch.where(lost, 0.0, w / norm)
+        lower[:, i, i] = torch.where(lost, 0.0, norm)[:, 0, 0]
+    replaced = lower.diagonal(dim1=1, dim2=2) == 0
+    # Orthogonal to the rows of W, so that those stay what they are.
+    spare = normalise(project_out(rows, spare)[0])
+    block = torch.where(replaced[..., None], spare, rows)
+    for _ in range(2):
+        block = _gram_schmidt(normalise(project_out(basis, block)[0]))
+    return block, lower, components, replaced
+
+
+def _gram_schmidt(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span what independent rows do, one after the other, (a, b, d)."""
+    done = normalise(rows[:, :1])
+    for i in range(1, rows.shape[1]):
+        done = torch.cat([done, normalise(project_out(done, rows[:, i : i + 1])[0])], 1)
+    return done
 
 
 def orthonormal_block(
@@ -118,9 +138,10 @@ def normalise(X: Tensor) -> Tensor:
     return unit
 
 
-def polish(rows: Tensor) -> Tensor:
-    """The nearest orthonormal rows to almost orthonormal ones: a Newton–Schulz step, (a, k, d)."""
-    return 1.5 * rows - 0.5 * (rows @ rows.mT) @ rows
+def polishing(rows: Tensor) -> Tensor:
+    """The Newton–Schulz step (a, k, k) that makes almost orthonormal rows (a, k, d) orthonormal."""
+    eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return 1.5 * eye - 0.5 * (rows @ rows.mT)
 
 
 def small_svd(B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from elm_lanczos.memory import free_bytes
 METHODS = ("auto", "lanczos", "stream", "dense")
 DEFAULT_TOL = {torch.float32: 1e-5, torch.float64: 1e-10}
 GROUP = 64
+BLOCK = 1
 VERIFY = 8
 PROBES = 8
 # Entries of the matrices that `dense` solves at a time, 256 MiB in float32.
@@ -39,9 +40,10 @@ class Plan:
         seed: Seeds every random vector.
         dtype: 'float32' or 'float64'.
         basis: Largest Krylov basis; reaching it leads to a thick restart.
+        block: lanczos: vectors of each operator that a step adds.
         max_restarts: lanczos: restarts after which an operator is given up.
-        check_every: lanczos: steps between convergence tests.
-        verify: lanczos: steps of the search for missed values after convergence.
+        check_every: lanczos: most steps between convergence tests.
+        verify: lanczos: most steps of the search for missed values after convergence.
         probes: lanczos: random vectors of the stable rank's estimate, at least 2.
         width: stream: vectors in a block, ℓ.
         max_streams: stream: streams after which operators are given up.
@@ -62,6 +64,7 @@ class Plan:
     seed: int
     dtype: str
     basis: int
+    block: int
     max_restarts: int
     check_every: int
     verify: int
@@ -90,7 +93,7 @@ def make_plan(
     seed: int = 0,
     memory: int | None = None,
     *,
-    block: int = 64,
+    vectors: int = 64,
     scratch: str | None = None,
 ) -> Plan:
     """Resolve the options of `svd` for n operators of shape m×d.
@@ -106,7 +109,7 @@ def make_plan(
         seed: Seeds every random vector.
         memory: Bytes to work within; by default at most half of what is available, a power of two
             so that runs on one machine agree.
-        block: Vectors that the operators take at a time; cotangents flow by in multiples of it.
+        vectors: Vectors that the operators take at a time; cotangents flow by in multiples of it.
         scratch: dense: a folder for a file that keeps the rows.
 
     Returns:
@@ -144,11 +147,12 @@ def make_plan(
     lanczos_basis = min(small, 3 * k + 24)
     stream_basis = min(d, 8 * width)
 
-    # Bytes an operator's state takes: bases and the vectors that are being made.
-    lanczos_bytes = (lanczos_basis + 3 * k + 8) * (m + d) * item
+    # Bytes an operator's state takes: bases and the vectors that are being made. Lanczos keeps the
+    # products too, and both twice while operators that have finished are taken out.
+    lanczos_bytes = (4 * (lanczos_basis + BLOCK) + 8 * k + 8) * (m + d) * item
     stream_bytes = min(d, streams * width) * (2 * m + 2 * d) * item
     dense_bytes = m * d * item
-    cotangents = _cotangent_block(block, m, memory // (8 * n * d * item))
+    cotangents = _cotangent_block(vectors, m, memory // (8 * n * d * item))
     rows_bytes = 2 * cotangents * n * d * item
     together = max(1, min(GROUP, _SOLVED_ELEMENTS // (m * d), memory // (8 * dense_bytes)))
     solved_bytes = 4 * min(n, together) * dense_bytes
@@ -161,7 +165,7 @@ def make_plan(
     rows_panel = max(1, min(n, (room - solved_bytes) // dense_bytes)) if kept_bytes else n
 
     passes = {
-        "lanczos": n * 2 * (steps + min(VERIFY, small - k) + k) + PROBES * math.ceil(n / GROUP),
+        "lanczos": n * 2 * steps + PROBES * math.ceil(n / GROUP),
         "stream": math.ceil(n / panel(stream_bytes))
         * _stream_passes(panel(stream_bytes), m, d, width, k, tol),
         "dense": math.ceil(n / rows_panel) * m,
@@ -173,7 +177,7 @@ def make_plan(
     }
     if method == "auto":
         # Where each operator has vectors of its own, few operators leave the blocks almost empty.
-        slower = 1 + block / (16 * min(n, GROUP, block))
+        slower = 1 + vectors / (16 * min(n, GROUP, vectors))
         chosen = "lanczos" if passes["lanczos"] * slower <= passes["stream"] else "stream"
         other = "stream" if chosen == "lanczos" else "lanczos"
         reason = (
@@ -190,6 +194,7 @@ def make_plan(
         seed=seed,
         dtype=str(dtype).removeprefix("torch."),
         basis=stream_basis if chosen == "stream" else lanczos_basis,
+        block=BLOCK,
         max_restarts=100,
         check_every=4,
         verify=VERIFY,
@@ -208,11 +213,12 @@ def make_plan(
     )
 
 
-# Fitted to transformer Jacobians (d = 256) and to σ_i = i^-1/2.
+# Fitted to transformer Jacobians (d = 256).
 def lanczos_steps(k: int, small: int, tol: float) -> int:
-    """Steps that a Krylov sequence is expected to need for k triplets.
+    """Steps that Lanczos is expected to need for k triplets, the check for missed ones among them.
 
-    Measured for k = 1, 4, 16 and 48: 11, 17, 38, 82 at tol = 1e-5 and 15, 22, 44, 90 at 1e-10.
+    Measured for k = 1, 4, 16 and 48: 12, 21, 43, 88 at tol = 1e-5 and 16, 26, 49, 94 at 1e-10; of
+    σ_i = i^-1/2, d = 4096, at 1e-5: 12, 20, 50, 115.
 
     Args:
         k: Triplets.
@@ -222,7 +228,8 @@ def lanczos_steps(k: int, small: int, tol: float) -> int:
     Returns:
         The number of steps.
     """
-    return min(small, round(1.55 * k + 6 + 0.8 * _digits(tol)))
+    root = math.sqrt(k)
+    return min(small, round(1.8 + 0.82 * k + 5.66 * root + (0.72 + 0.09 * root) * _digits(tol)))
 
 
 def stream_count(width: int, d: int, tol: float) -> int:
@@ -254,10 +261,10 @@ def _stream_passes(n: int, m: int, d: int, width: int, k: int, tol: float) -> in
     return least
 
 
-def _cotangent_block(block: int, m: int, room: int) -> int:
-    """Cotangents at a time: about 64, in whole blocks of those the operators take at a time."""
-    block = min(block, m)
-    return max(1, min(m, room, block * max(1, 64 // block)))
+def _cotangent_block(vectors: int, m: int, room: int) -> int:
+    """Cotangents at a time: about 64, in multiples of those the operators take at a time."""
+    vectors = min(vectors, m)
+    return max(1, min(m, room, vectors * max(1, 64 // vectors)))
 
 
 def _digits(tol: float) -> float:

@@ -48,6 +48,7 @@ class SVDResult:
         n_iter: Lanczos steps, or streams (n,).
         n_restarts: Thick restarts (n,).
         n_reseeds: Random vectors that took the place of a Krylov vector at a breakdown (n,).
+        n_locked: Triplets that were locked at the last thick restart (n,); 0 for other methods.
         contribution: A_i x_i for the operators' inputs x_i (n, m); None where they have none.
         passes: JVPs and VJPs made.
         tokens: The labels of the operators, n integers.
@@ -68,6 +69,7 @@ class SVDResult:
     n_iter: Tensor
     n_restarts: Tensor
     n_reseeds: Tensor
+    n_locked: Tensor
     contribution: Tensor | None
     passes: int
     tokens: tuple[int, ...]
@@ -140,6 +142,7 @@ class Solution:
         n_reseeds: (g,).
         contribution: (g, m), of the operators as they are; None where they have no inputs.
         passes: JVPs and VJPs made.
+        n_locked: (g,); None for methods that do not lock.
     """
 
     U: Tensor
@@ -156,6 +159,7 @@ class Solution:
     n_reseeds: Tensor
     contribution: Tensor | None
     passes: int
+    n_locked: Tensor | None = None
 
 
 def assemble(
@@ -213,6 +217,7 @@ def assemble(
         n_iter=found.n_iter,
         n_restarts=found.n_restarts,
         n_reseeds=found.n_reseeds,
+        n_locked=torch.zeros_like(found.n_iter) if found.n_locked is None else found.n_locked,
         contribution=found.contribution,
         passes=found.passes,
         tokens=tuple(batch.labels[i] for i in index.tolist()),

@@ -30,6 +30,19 @@ def test_hard_case(case: Case, method: str, dtype: torch.dtype) -> None:
         assert error <= 1e-5 * exact
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [2, 4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_hard_case_by_blocks(case: Case, block: int, dtype: torch.dtype) -> None:
+    matrix = case.build().to(dtype)
+    # A basis that restarts keeps room for as many steps, whatever the block.
+    plan = {"basis": case.plan["basis"] + 6 * (block - 1)} if case.plan else {}
+    result = solve_with(matrix, case.k, "lanczos", block=block, **plan)
+    check_triplets(result, matrix[None], case.sigma, case.residual)
+    assert result.converged.all(), result.residual / result.S[:, :1]
+    assert not plan or result.n_restarts.item() > 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_graded_by_hundreds(method: str) -> None:
     matrix = torch.eye(20, 21).double() * 100.0 ** -torch.arange(21.0).double()
@@ -59,8 +72,13 @@ def test_scaling_by_a_power_of_two_changes_no_bit(method: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_mixed_batch_in_lockstep_is_as_if_alone(method: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("method", "block"), [("lanczos", 1), ("lanczos", 2), ("stream", 1), ("dense", 1)]
+)
+def test_a_mixed_batch_in_lockstep_is_as_if_alone(
+    method: str, block: int, dtype: torch.dtype
+) -> None:
+    plan = {"basis": 16, "block": block}
     m = d = 40
     matrices = torch.stack(
         [
@@ -75,12 +93,12 @@ def test_a_mixed_batch_in_lockstep_is_as_if_alone(method: str, dtype: torch.dtyp
             1e-20 * with_spectrum(torch.linspace(3, 1, 40), m, d),
         ]
     ).to(dtype)
-    together = solve_with(StackedOperators(matrices), 6, method, basis=16)
+    together = solve_with(StackedOperators(matrices), 6, method, **plan)
     check_triplets(together, matrices)
     assert together.converged.all()
     assert together.n_iter.unique().numel() > 1 or method != "lanczos"
     for i, matrix in enumerate(matrices):
-        alone = solve_with(StackedOperators(matrix[None], labels=[i]), 6, method, basis=16)
+        alone = solve_with(StackedOperators(matrix[None], labels=[i]), 6, method, **plan)
         # Rounding of the lockstep's batched products decides the rest, and whether an operator
         # leaves one test sooner or later; σ is second order in either.
         tol = 64 * torch.finfo(dtype).eps * float(alone.S[0, 0])

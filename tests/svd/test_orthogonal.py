@@ -7,7 +7,7 @@ import torch
 
 from elm_lanczos.svd.gram_schmidt import project_out
 from elm_lanczos.svd.orthogonal import (
-    next_vector,
+    next_block,
     normal_rows,
     orthonormal_block,
     power_of_two_scale,
@@ -24,30 +24,47 @@ def basis_of(a: int, j: int, d: int, dtype: torch.dtype = torch.float64) -> torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("b", [1, 3])
 @pytest.mark.parametrize("part", [1.0, 1e-3, 1e-6, 1e-12, 0.0])
-def test_next_vector_is_orthogonal_however_small_its_new_part(
-    part: float, dtype: torch.dtype
+def test_next_block_is_orthogonal_however_small_its_new_part(
+    b: int, part: float, dtype: torch.dtype
 ) -> None:
     basis = basis_of(3, 10, 40, dtype)
-    new, spare = normal_rows(1, range(6), 1, (40,), basis).split(3)
-    w = basis.sum(1) + part * new
-    threshold = torch.full((3,), 64 * torch.finfo(dtype).eps, dtype=dtype)
-    unit, norm, components, replaced = next_vector(basis, w, spare, threshold)
-    eps = torch.finfo(dtype).eps
-    assert float((unit.norm(dim=1) - 1).abs().max()) < 8 * eps
-    assert float((basis @ unit[..., None]).abs().max()) < 8 * eps
-    assert replaced.all() == (part * 6 < 64 * eps)
-    assert (norm[replaced] == 0).all()
-    torch.testing.assert_close(
-        components, (basis @ (basis.sum(1) + part * new)[..., None])[..., 0], rtol=1e-4, atol=1e-4
+    new, spare = (
+        x.view(3, b, 40) for x in normal_rows(1, range(6 * b), 1, (40,), basis).split(3 * b)
     )
+    W = basis.sum(1, keepdim=True) + part * new
+    eps = torch.finfo(dtype).eps
+    threshold = torch.full((3,), 64 * eps, dtype=dtype)
+    rows, lower, components, replaced = next_block(basis, W, spare, threshold)
+    together = torch.cat([basis, rows], 1)
+    assert float((together @ together.mT - torch.eye(10 + b)).abs().max()) < 8 * eps
+    assert replaced.all() == (part * 6 < 64 * eps) and replaced.any() == replaced.all()
+    assert (lower.diagonal(dim1=1, dim2=2)[replaced] == 0).all()
+    # W in terms of the basis and the new rows, but for what was replaced.
+    rebuilt = components @ basis + lower @ rows
+    torch.testing.assert_close(rebuilt, W, rtol=0, atol=64 * b * eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_depend_on_those_before_them_are_replaced(dtype: torch.dtype) -> None:
+    basis = basis_of(2, 10, 40, dtype)
+    new, spare = (x.view(2, 4, 40) for x in normal_rows(1, range(16), 1, (40,), basis).split(8))
+    W = torch.stack([new[:, 0], 3 * new[:, 0], new[:, 1], new[:, 0] - new[:, 1]], 1)
+    eps = torch.finfo(dtype).eps
+    threshold = torch.full((2,), 1000 * eps, dtype=dtype)
+    rows, lower, components, replaced = next_block(basis, W, spare, threshold)
+    assert replaced.tolist() == [[False, True, False, True]] * 2
+    together = torch.cat([basis, rows], 1)
+    assert float((together @ together.mT - torch.eye(14)).abs().max()) < 8 * eps
+    torch.testing.assert_close(components @ basis + lower @ rows, W, rtol=0, atol=float(1000 * eps))
 
 
 def test_threshold_is_inclusive() -> None:
     basis = torch.eye(4)[None, :1].double()
-    w, spare = torch.tensor([[0.0, 2.0, 0, 0]]).double(), torch.ones(1, 4).double()
-    assert next_vector(basis, w, spare, torch.tensor([2.0]).double())[3].all()
-    assert not next_vector(basis, w, spare, torch.tensor([1.999]).double())[3].any()
+    w, spare = torch.tensor([[[0.0, 2.0, 0, 0]]]).double(), torch.ones(1, 1, 4).double()
+    assert next_block(basis, w, spare, torch.tensor([2.0]).double())[3].all()
+    assert not next_block(basis, w, spare, torch.tensor([1.999]).double())[3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
