@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.shapes import (
-    SHAPES,
-    VOCABULARY,
-    load_shape,
-    parameters,
-    shared_layer_model,
-    weight_bytes,
-)
+from benchmarks.shapes import SHAPES, load_shape, parameters, weight_bytes
 from elm_lanczos.architectures import tiny_config
+from elm_lanczos.shared_layer import VOCABULARY, shared_layer_model
 
 # Billions of parameters, as the Hugging Face hub counts Llama's and the model cards of Qwen 3 give
 # them; Gemma 3 4B without its vision tower (Gemma 3 technical report, table 1: 675 million of
