@@ -250,10 +250,13 @@ class BlockKrylov:
     def _put_block(self, directions: Tensor, largest: Tensor, width: int) -> None:
         """Make the next block from directions (a, b, d) of at most the size largest (a,)."""
         a, d, k = len(self.active), self._V.shape[2], self._left.shape[1]
-        labels = [self.batch.labels[i] for i in self.index[self.active.cpu()].tolist()]
         draw = _SPARE + self._draws
         self._draws += 1
-        spare = normal_rows(self.plan.seed, labels, draw, (width, d), directions)
+
+        def spare() -> Tensor:
+            labels = [self.batch.labels[i] for i in self.index[self.active.cpu()].tolist()]
+            return normal_rows(self.plan.seed, labels, draw, (width, d), directions)
+
         threshold = BREAKDOWN * torch.finfo(directions.dtype).eps * largest
         self._block, missing = orthonormal_block(self._V, directions, spare, threshold, width)
         self._image = directions.new_empty(a, width, self._Y.shape[2])

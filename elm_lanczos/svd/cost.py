@@ -9,6 +9,7 @@ fall off like those of a transformer's Jacobian.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +99,8 @@ def predict(
         )
         for method in methods
     }
-    return price(plans, batch.shape, batch.device, time_block(batch, vectors))
+    rates = time_block(batch, vectors, steps="lanczos" in methods)
+    return price(plans, batch.shape, batch.device, rates)
 
 
 def faster_dense(chosen: Cost, dense: Cost) -> str | None:
@@ -144,12 +146,13 @@ def price(
 
 
 @torch.no_grad()
-def time_block(batch: OperatorBatch, vectors: int) -> Rates:
+def time_block(batch: OperatorBatch, vectors: int, *, steps: bool = True) -> Rates:
     """Time one block of VJPs that serve all operators, and one of a product for each of them.
 
     Args:
         batch: The operators.
         vectors: Vectors that the operators take at a time.
+        steps: Whether the latter are to be timed, which also makes the JVPs; else NaN.
 
     Returns:
         The rates.
@@ -162,12 +165,12 @@ def time_block(batch: OperatorBatch, vectors: int) -> Rates:
 
     some = torch.arange(min(n, GROUP, vectors))
     Y, V, U = random(min(m, vectors), m), random(len(some), d), random(len(some), m)
-    row = _seconds(lambda: batch.rows(Y), batch.device)
-    steps = [
-        _seconds(lambda: batch.matvec(V, some), batch.device),
-        _seconds(lambda: batch.rmatvec(U, some), batch.device),
-    ]
-    return Rates(row / len(Y), sum(steps) / (2 * len(some)))
+    row = _seconds(lambda: batch.rows(Y), batch.device) / len(Y)
+    if not steps:
+        return Rates(row, math.nan)
+    forward = _seconds(lambda: batch.matvec(V, some), batch.device)
+    back = _seconds(lambda: batch.rmatvec(U, some), batch.device)
+    return Rates(row, (forward + back) / (2 * len(some)))
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

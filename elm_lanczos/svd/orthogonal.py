@@ -6,7 +6,7 @@ vector lies in the span of the basis to rounding; that case, the breakdown of a 
 met by replacing the vector with a random one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -106,7 +106,7 @@ def _gram_schmidt(rows: Tensor) -> Tensor:
 
 
 def orthonormal_block(
-    basis: Tensor, W: Tensor, spare: Tensor, threshold: Tensor, width: int
+    basis: Tensor, W: Tensor, spare: Callable[[], Tensor], threshold: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal rows that extend a basis by the leading directions of W, largest first.
 
@@ -115,7 +115,7 @@ def orthonormal_block(
     Args:
         basis: (a, j, d) orthonormal rows, j + width ≤ d.
         W: (a, b, d) rows, b ≥ width.
-        spare: (a, width, d) random rows.
+        spare: Gives (a, width, d) random rows, if they are needed.
         threshold: (a,) size up to which (inclusive) a direction of W counts as missing.
         width: Rows wanted.
 
@@ -126,7 +126,8 @@ def orthonormal_block(
     rotation, size, _ = small_svd(R)
     rows = rotation[..., :width].to(Q).mT @ Q.mT
     missing = size[:, :width].to(Q) <= threshold[:, None]
-    rows = torch.where(missing[..., None], normalise(spare), rows)
+    if missing.any():
+        rows = torch.where(missing[..., None], normalise(spare()), rows)
     for _ in range(2):
         rows = torch.linalg.qr(project_out(basis, rows)[0].mT)[0].mT
     return rows, missing.sum(1)
@@ -151,10 +152,10 @@ def small_svd(B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def batched_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVDs of a batch of matrices.
+    """Thin SVDs of a batch of matrices, on a CPU as many at a time as torch has threads.
 
-    On a CPU, torch takes one matrix after another, and LAPACK is slow to use several cores for a
-    small one; here as many matrices are worked on at a time as torch has threads.
+    Torch takes one matrix after another, and LAPACK is slow to use several cores for a small one.
+    (The same for QR factorisations does not pay: they gain less than the threads lose.)
 
     Args:
         A: (a, p, q).

@@ -74,7 +74,7 @@ def test_block_has_full_width_and_leads_with_the_largest_directions(dtype: torch
     rows = project_out(basis, rows)[0]
     W = torch.stack([rows[:, 0], 100 * rows[:, 1], rows[:, 0] - rows[:, 1], 0 * rows[:, 2]], 1)
     block, missing = orthonormal_block(
-        basis, W, spare[:, :4], torch.full((2,), 1e-4, dtype=dtype), 4
+        basis, W, lambda: spare[:, :4], torch.full((2,), 1e-4, dtype=dtype), 4
     )
     assert missing.tolist() == [2, 2]
     together = torch.cat([basis, block], 1)
