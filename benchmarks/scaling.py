@@ -42,12 +42,11 @@ from elm_lanczos.errors import UsageError
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.model import usable_device
 from elm_lanczos.shared_layer import VOCABULARY, shared_layer_model
-from elm_lanczos.svd.plan import DEFAULT_TOL, Plan, make_plan
+from elm_lanczos.svd.plan import Plan, make_plan
 from elm_lanczos.svd.result import SVDResult
 
 METHODS = ("lanczos", "stream", "dense")
 PRECISIONS = ("ieee", "tf32")
-TOL = {"ieee": DEFAULT_TOL[torch.float32], "tf32": 1e-3}  # TF32 keeps ten bits of a factor
 MOST_REPEATS, MOST_RESTARTS = 7, 5
 DEPTHS = (1, 2, 4)
 WHOLE_SHAPE, WHOLE_TOKENS = "gemma-3-4b", 427
@@ -214,25 +213,6 @@ def peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-@contextlib.contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Computes float32 matrix products in full ('ieee') or with TF32 factors ('tf32') on CUDA.
-
-    Args:
-        precision: one of PRECISIONS.
-
-    Yields:
-        Nothing.
-    """
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_tf32
-    settings.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        settings.allow_tf32 = before
-
-
 # ---------------------------------------------------------------------------- one row
 
 
@@ -277,13 +257,12 @@ def linear_system(model: DetachedModel, tokens: int, **options: Any) -> Lineariz
     return model.linearize(torch.randint(VOCABULARY, (tokens,), generator=generator), **options)
 
 
-def plan_of(lin: Linearization, method: str, precision: str, setting: Setting, tokens: int) -> Plan:
+def plan_of(lin: Linearization, method: str, setting: Setting, tokens: int) -> Plan:
     """Returns the plan of `svd` for k triplets of some tokens, within the precision's reach.
 
     Args:
         lin: the linear system.
         method: of `svd`.
-        precision: of float32 matrix products.
         setting: k and memory.
         tokens: how many.
 
@@ -291,14 +270,13 @@ def plan_of(lin: Linearization, method: str, precision: str, setting: Setting, t
         The plan; a token that it leaves without convergence is given up soon.
     """
     _, m, d = lin.shape
-    options = {"method": method, "tol": TOL[precision], "memory": setting.memory}
+    options = {"method": method, "memory": setting.memory}
+    options |= {"vectors": lin.block, "precision": lin.precision}
     plan = make_plan(tokens, m, d, lin.inputs.dtype, setting.k, **options)
     return dataclasses.replace(plan, max_restarts=MOST_RESTARTS)
 
 
-def measure(
-    model: DetachedModel, shape: str, layers: int, tokens: int, precision: str, setting: Setting
-) -> Row:
+def measure(model: DetachedModel, shape: str, layers: int, tokens: int, setting: Setting) -> Row:
     """Times blocks of VJPs and their matrix products in turn.
 
     Args:
@@ -306,7 +284,6 @@ def measure(
         shape: what it is called.
         layers: how many layers the whole model has.
         tokens: sequence length T.
-        precision: of float32 matrix products.
         setting: the rest.
 
     Returns:
@@ -330,11 +307,11 @@ def measure(
         vjps.append(seconds_of(lambda: lin.vjp(cotangents), device) / block)
     pass_seconds, run = statistics.median(vjps), len(model.layers)
     rate = run / layers / pass_seconds
-    plan = plan_of(lin, "auto", precision, setting, tokens)
+    plan = plan_of(lin, "auto", setting, tokens)
     passes = {method: plan.passes[method] for method in METHODS}
     return Row(
         shape=shape,
-        precision=precision,
+        precision=model.precision,
         tokens=tokens,
         block=block,
         layers_run=run,
@@ -358,15 +335,12 @@ def measure(
 # ------------------------------------------------------------------------- whole methods
 
 
-def whole(
-    model: DetachedModel, method: str, precision: str, sample: int, setting: Setting
-) -> Whole:
+def whole(model: DetachedModel, method: str, sample: int, setting: Setting) -> Whole:
     """Runs one method from start to end at the paper's length.
 
     Args:
         model: all layers of WHOLE_SHAPE.
         method: of `svd`.
-        precision: of float32 matrix products.
         sample: tokens that Lanczos computes, as its passes grow with them.
         setting: device, k and memory.
 
@@ -377,7 +351,7 @@ def whole(
     lin = linear_system(model, WHOLE_TOKENS, memory=setting.memory)
     count = min(sample, WHOLE_TOKENS) if method == "lanczos" else WHOLE_TOKENS
     tokens = [i * WHOLE_TOKENS // count for i in range(count)]
-    plan = plan_of(lin, method, precision, setting, tokens=count)
+    plan = plan_of(lin, method, setting, tokens=count)
     lin.vjp(torch.ones(lin.block, lin.shape[1], device=device))  # linearises every layer
     lin.jvp(lin.inputs.expand(lin.block, -1, -1))
     multiply = matrix_products(model, WHOLE_TOKENS, lin.block)
@@ -393,7 +367,7 @@ def whole(
     seconds = taken * WHOLE_TOKENS / count
     return Whole(
         shape=WHOLE_SHAPE,
-        precision=precision,
+        precision=model.precision,
         method=method,
         tokens=WHOLE_TOKENS,
         tokens_computed=count,
@@ -643,24 +617,27 @@ def main(
         console.print(f"{name}: weights take {weight_bytes(model) / 2**30:.2f} GiB")
         for mode, tokens in itertools.product(precisions, setting.lengths):
             what = {"shape": name, "tokens": tokens, "precision": mode}
-            with float32_products(mode), noted_if_too_large(what, too_large):
-                found.append(measure(model, name, full, tokens, mode, setting))
+            with noted_if_too_large(what, too_large):
+                precise = DetachedModel(model.hf_model, precision=mode)
+                found.append(measure(precise, name, full, tokens, setting))
         del model
     name, tokens, mode = setting.shapes[0], max(setting.lengths), precisions[0]
     config = load_shape(SHAPES / f"{name}.yaml")
     for depth in DEPTHS:
         model = shared_layer_model(config, depth, place)
         what = {"shape": name, "tokens": tokens, "precision": mode, "layers": depth}
-        with float32_products(mode), noted_if_too_large(what, too_large):
+        with noted_if_too_large(what, too_large):
             full = config.num_hidden_layers
-            depths.append(measure(model, name, full, tokens, mode, setting))
+            precise = DetachedModel(model.hf_model, precision=mode)
+            depths.append(measure(precise, name, full, tokens, setting))
         del model
     if with_whole:
         model = shared_layer_model(load_shape(SHAPES / f"{WHOLE_SHAPE}.yaml"), device=place)
         for mode, method in itertools.product(precisions, METHODS):
             what = {"shape": WHOLE_SHAPE, "method": method, "precision": mode}
-            with float32_products(mode), noted_if_too_large(what, too_large):
-                runs.append(whole(model, method, mode, sample, setting))
+            with noted_if_too_large(what, too_large):
+                precise = DetachedModel(model.hf_model, precision=mode)
+                runs.append(whole(precise, method, sample, setting))
     fitted = {}
     for mode in precisions:
         if rows_of_mode := [row for row in found if row.precision == mode]:

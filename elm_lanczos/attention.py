@@ -29,7 +29,8 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Tensor, V: Tensor) -> Tensor:
-        return torch.bmm(P.flatten(1, 2), V).unflatten(1, P.shape[1:3])
+        n, groups, rows, inner = P.shape
+        return torch.bmm(P.reshape(n, groups * rows, inner), V).reshape(n, groups, rows, -1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -49,7 +50,9 @@ class _FrozenTransposed(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Tensor, G: Tensor) -> Tensor:
-        return torch.bmm(P.flatten(1, 2).mT, G.flatten(1, 2))
+        n, groups, rows, inner = P.shape
+        flat = P.reshape(n, groups * rows, inner).transpose(1, 2)
+        return torch.bmm(flat, G.reshape(n, groups * rows, -1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

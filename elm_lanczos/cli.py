@@ -35,6 +35,9 @@ DtypeOption = Annotated[
 GateOption = Annotated[
     str | None, typer.Option(help="Factor of act(g)·u that is fixed: frozen (act(g)) or up.")
 ]
+PrecisionOption = Annotated[
+    str | None, typer.Option(help="Of float32 products on CUDA: ieee (default) or tf32.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")]
 DeviceMapOption = Annotated[
     str | None, typer.Option(help="Accelerate's placement of the layers, such as auto.")
@@ -133,6 +136,7 @@ def run(
     dtype: DtypeOption = None,
     compute_dtype: ComputeDtypeOption = None,
     gate: GateOption = None,
+    precision: PrecisionOption = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     method: MethodOption = None,
@@ -169,6 +173,7 @@ def run(
         "dtype": dtype,
         "compute_dtype": compute_dtype,
         "gate": gate,
+        "precision": precision,
         "device": device,
         "device_map": device_map,
         "method": method,
@@ -221,6 +226,7 @@ def plan(
     dtype: DtypeOption = None,
     compute_dtype: ComputeDtypeOption = None,
     gate: GateOption = None,
+    precision: PrecisionOption = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     method: MethodOption = None,
@@ -248,6 +254,7 @@ def plan(
         "dtype": dtype,
         "compute_dtype": compute_dtype,
         "gate": gate,
+        "precision": precision,
         "device": device,
         "device_map": device_map,
         "method": method,
@@ -341,6 +348,7 @@ def check(
         typer.Option(help="float32 or float64 (default: float64 for random instances)."),
     ] = None,
     gate: GateOption = None,
+    precision: PrecisionOption = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     seed: Annotated[
@@ -368,6 +376,7 @@ def check(
         "dtype": dtype,
         "compute_dtype": compute_dtype,
         "gate": gate,
+        "precision": precision,
         "device": device,
         "device_map": device_map,
         "trust_remote_code": trust_remote_code,

@@ -22,6 +22,7 @@ from elm_lanczos.errors import UsageError
 StoredDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float64", "float32"]
 Gate = Literal["frozen", "up"]
+Precision = Literal["ieee", "tf32"]
 Method = Literal["auto", "lanczos", "stream", "dense"]
 
 
@@ -35,6 +36,7 @@ class ModelConfig(BaseModel):
     dtype: StoredDtype = Field("auto", description="dtype the weights are stored in")
     compute_dtype: ComputeDtype | None = Field(None, description="dtype everything is computed in")
     gate: Gate = Field("frozen", description="the factor of act(g)·u that is fixed: act(g), or u")
+    precision: Precision = Field("ieee", description="of float32 matrix products on CUDA")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, …")
     device_map: str | None = Field(None, description="accelerate's placement, for example auto")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")

@@ -74,9 +74,11 @@ class DetachedModel:
             in. Default: float32, or float64 for a float64 model; never below the storage dtype.
         gate: which factor of a gated MLP `act(g) · u` is held fixed: "frozen" fixes `act(g)`; "up"
             fixes `u` and goes through `g` with `act(g)/g` fixed, as the paper does for Phi.
+        precision: of float32 matrix products on CUDA: "ieee", or "tf32", which keeps 10 bits of a
+            factor and is several times as fast.
 
     Raises:
-        UsageError: if a dtype or the gate convention cannot be used.
+        UsageError: if a dtype, the gate convention or the precision cannot be used.
         UnsupportedModelError: if no decoder layers, embeddings or unembedding can be found.
         ModelError: if a weight is not finite; the message names it.
     """
@@ -88,6 +90,7 @@ class DetachedModel:
         *,
         compute_dtype: str | torch.dtype | None = None,
         gate: str = "frozen",
+        precision: str = "ieee",
     ) -> None:
         if gate not in ("frozen", "up"):
             raise UsageError(f"gate is 'frozen' or 'up', not {gate!r}")
@@ -99,6 +102,7 @@ class DetachedModel:
         self.dtype: torch.dtype = hf_model.dtype
         self.compute_dtype = _compute_dtype(compute_dtype, self.dtype)
         self.storage = Storage(hf_model, self.layers)
+        self.precision = _usable_precision(precision, self.device, self.compute_dtype)
         _refuse_weights_that_are_not_finite(self.storage)
 
     @classmethod
@@ -109,6 +113,7 @@ class DetachedModel:
         dtype: str | torch.dtype = "auto",
         compute_dtype: str | torch.dtype | None = None,
         gate: str = "frozen",
+        precision: str = "ieee",
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         use_safetensors: bool = True,
@@ -121,6 +126,7 @@ class DetachedModel:
             dtype: how the weights are stored; "auto" keeps the checkpoint's own dtype.
             compute_dtype: how the linear system is computed (see the class).
             gate: which factor of a gated MLP is held fixed (see the class).
+            precision: of float32 matrix products on CUDA (see the class).
             device: device to move the model to; use `device_map` in `options` for several.
             trust_remote_code: run modelling code that comes with the checkpoint.
             use_safetensors: refuse weights stored as pickles.
@@ -159,7 +165,13 @@ class DetachedModel:
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **shared)
         if device is not None:
             hf_model = hf_model.to(usable_device(device))
-        return cls(hf_model.eval(), tokenizer, compute_dtype=compute_dtype, gate=gate)
+        return cls(
+            hf_model.eval(),
+            tokenizer,
+            compute_dtype=compute_dtype,
+            gate=gate,
+            precision=precision,
+        )
 
     def __repr__(self) -> str:
         """Returns one line naming the model, its size and its precisions."""
@@ -405,6 +417,24 @@ class DetachedModel:
         return Linearization(self, embeddings, position, **options)
 
     @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Lets float32 matrix products and convolutions have the model's precision, and no other.
+
+        Yields:
+            Nothing.
+        """
+        products = torch.get_float32_matmul_precision()
+        convolutions = torch.backends.cudnn.allow_tf32
+        tf32 = self.precision == "tf32"
+        try:
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32
+            yield
+        finally:
+            torch.set_float32_matmul_precision(products)
+            torch.backends.cudnn.allow_tf32 = convolutions
+
+    @contextlib.contextmanager
     def unfrozen(self) -> Iterator[None]:
         """Lets the model run as it is, its weights raised to `compute_dtype` layer by layer.
 
@@ -412,7 +442,8 @@ class DetachedModel:
             Nothing.
         """
         kept, raised = _state_kept(self.hf_model), self.storage.plain(self.compute_dtype)
-        with _PATCHING, kept, evaluating(self.hf_model), raised, torch.no_grad():
+        evaluation = evaluating(self.hf_model)
+        with _PATCHING, self.arithmetic(), kept, evaluation, raised, torch.no_grad():
             yield
 
     @contextlib.contextmanager
@@ -427,7 +458,7 @@ class DetachedModel:
         Yields:
             Nothing.
         """
-        with _PATCHING:
+        with _PATCHING, self.arithmetic():
             register_attention()
             wanted = {
                 "_attn_implementation_internal": IMPLEMENTATION,
@@ -454,6 +485,15 @@ class DetachedModel:
         """Every config object that some module of the model holds."""
         held = (getattr(module, "config", None) for module in self.hf_model.modules())
         return list({id(config): config for config in held if config is not None}.values())
+
+
+def _usable_precision(name: str, device: torch.device, compute_dtype: torch.dtype) -> str:
+    """A precision of matrix products, if there is such a one where and in what is computed."""
+    if name not in ("ieee", "tf32"):
+        raise UsageError(f"precision is 'ieee' or 'tf32', not {name!r}")
+    if name == "tf32" and (device.type != "cuda" or compute_dtype != torch.float32):
+        raise UsageError("precision 'tf32' is for float32 on a CUDA device; use 'ieee' here")
+    return name
 
 
 class _DecoderDone(Exception):

@@ -184,7 +184,18 @@ def _plans_of(
     for method in (*METHODS[1:], config.method):
         scratch = config.scratch if method == "dense" else None
         plan = make_plan(
-            n, m, d, dtype, config.k, method, config.tol, 0, memory, vectors=block, scratch=scratch
+            n,
+            m,
+            d,
+            dtype,
+            config.k,
+            method,
+            config.tol,
+            0,
+            memory,
+            vectors=block,
+            scratch=scratch,
+            precision=config.precision,
         )
         found["chosen" if method == config.method and method in found else method] = plan
     found["chosen"] = found.pop("auto", found.get("chosen", plan))

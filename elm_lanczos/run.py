@@ -183,6 +183,7 @@ def load_model(config: ModelConfig) -> DetachedModel:
         dtype=config.dtype,
         compute_dtype=config.compute_dtype,
         gate=config.gate,
+        precision=config.precision,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         use_safetensors=not config.allow_pickle,
@@ -219,7 +220,7 @@ def run_fingerprint(
         for name, value in model.hf_model.config.to_dict().items()
         if name not in ("_name_or_path", "transformers_version")
     }
-    names = ("k", "generate", "method", "tol", "tokens", "batch", "top", "seed", "gate", "revision")
+    names = "k generate method tol tokens batch top seed gate precision revision".split()
     versions = {k: v for k, v in package_versions().items() if k != "python"}
     return {
         "model": model.name,
@@ -422,6 +423,7 @@ def _plan(
         lin.memory,
         vectors=lin.block,
         scratch=config.scratch,
+        precision=lin.precision,
     )
 
 

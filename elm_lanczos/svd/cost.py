@@ -96,6 +96,7 @@ def predict(
             memory=memory,
             scratch=scratch if method == "dense" else None,
             vectors=vectors,
+            precision=batch.precision,
         )
         for method in methods
     }

@@ -18,6 +18,8 @@ from elm_lanczos.memory import free_bytes
 
 METHODS = ("auto", "lanczos", "stream", "dense")
 DEFAULT_TOL = {torch.float32: 1e-5, torch.float64: 1e-10}
+# The residual that products in TF32, which keeps 10 bits of a factor, can reach.
+TF32_TOL = 1e-3
 GROUP = 64
 BLOCK = 1
 VERIFY = 8
@@ -95,6 +97,7 @@ def make_plan(
     *,
     vectors: int = 64,
     scratch: str | None = None,
+    precision: str = "ieee",
 ) -> Plan:
     """Resolve the options of `svd` for n operators of shape m×d.
 
@@ -111,6 +114,7 @@ def make_plan(
             so that runs on one machine agree.
         vectors: Vectors that the operators take at a time; cotangents flow by in multiples of it.
         scratch: dense: a folder for a file that keeps the rows.
+        precision: Of the operators' float32 products; for 'tf32' tol is 1e-3 by default.
 
     Returns:
         The plan.
@@ -127,7 +131,8 @@ def make_plan(
         near = difflib.get_close_matches(str(method), METHODS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}{hint}")
-    tol = DEFAULT_TOL[dtype] if tol is None else tol
+    if tol is None:
+        tol = TF32_TOL if precision == "tf32" else DEFAULT_TOL[dtype]
     if not 0 <= tol < 1:
         raise UsageError(f"tol must be at least 0 and below 1, not {tol!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:

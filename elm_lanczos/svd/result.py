@@ -21,7 +21,7 @@ from torch import Tensor
 from elm_lanczos.operators import OperatorBatch
 from elm_lanczos.status import Status
 from elm_lanczos.svd.orthogonal import BREAKDOWN
-from elm_lanczos.svd.plan import Plan
+from elm_lanczos.svd.plan import TF32_TOL, Plan
 
 # Singular values cannot be expected closer than this many units of rounding, relative to σ₁ (or √d
 # units, if that is more); those of an operator that met a breakdown not closer than its threshold.
@@ -228,6 +228,8 @@ def assemble(
 
 def rounding_level(batch: OperatorBatch) -> float:
     """The residual, relative to σ₁, below which a dtype and a size give only rounding error."""
+    if batch.precision == "tf32":
+        return TF32_TOL
     _, m, d = batch.shape
     return max(64.0, 4 * math.sqrt(max(m, d))) * torch.finfo(batch.dtype).eps
 

@@ -36,6 +36,7 @@ def svd(
     tol: float | None = None,
     seed: int = 0,
     memory: int | None = None,
+    scratch: str | None = None,
     progress: Callable[[int], None] | None = None,
     plan: Plan | None = None,
 ) -> SVDResult:
@@ -50,6 +51,7 @@ def svd(
         tol: Largest residual relative to σ₁; by default 1e-5 in float32 and 1e-10 in float64.
         seed: Seeds every random vector; the same seed gives the same bits.
         memory: Bytes to work within; by default at most half of what is available.
+        scratch: dense: a folder for a file that keeps the rows of the matrices.
         progress: Called with the passes made so far.
         plan: A plan to follow in place of k, method, tol, seed and memory, for control of every
             detail: ``replace(make_plan(...), basis=30)``.
@@ -63,7 +65,18 @@ def svd(
         ValueError: Where A is no operator.
     """
     batch = as_batch(A, tokens)
-    plan = plan or make_plan(*batch.shape, batch.dtype, k, method, tol, seed, memory)
+    plan = plan or make_plan(
+        *batch.shape,
+        batch.dtype,
+        k,
+        method,
+        tol,
+        seed,
+        memory,
+        vectors=getattr(A, "block", 64),
+        scratch=scratch,
+        precision=batch.precision,
+    )
     n, size = batch.shape[0], min(GROUP, plan.panel)
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
     results = dict(solve(batch, plan, groups, progress))
