@@ -6,7 +6,8 @@ frozen linear maps in float32, and is timed without loading the model and tracin
 | method | what it does |
 |---|---|
 | `auto`, `lanczos`, `stream`, `dense` | `elm_lanczos.svd` with default tolerance |
-| `paper` | 128 Lanczos steps on JᵀJ per token, fully reorthogonalised, 64 tokens in lockstep |
+| `paper` | 128 Lanczos steps on JᵀJ per token, fully reorthogonalised, 64 tokens in lockstep; of \
+long prompts one such group is run, and the time is extrapolated to all of them |
 | `jacobian` | `torch.autograd.functional.jacobian` of the frozen model, all rows in one call, and \
 `torch.linalg.svd` per token |
 | `jacobian-blocks` | the same, 64 rows a call |
@@ -27,6 +28,10 @@ Each method runs in a process of its own. Its memory is the process's highest `r
 runs, above what it was with the model loaded and every segment linearised. That figure is inherited
 from the parent across fork and exec, so the parent loads no model. σ and residuals are compared
 with Jacobians and SVDs in float64, relative to σ₁, and are the worst of all tokens (of the sample).
+
+Last, memory alone, on a synthetic system y = Σ_i B diag(g_i) C x_i (B, C reflections) of 256 tokens
+and d = 2048, wider than the bundled model: `stream`, beside `torch.autograd.functional.jacobian`
+and the SVDs of its first tokens.
 
     python benchmarks/peers.py
 """
@@ -58,8 +63,9 @@ from torch import Tensor
 from elm_lanczos import DetachedModel, svd
 from elm_lanczos.freezing import Freezing, linear
 from elm_lanczos.linearization import Linearization
-from elm_lanczos.operators import TokenOperators
+from elm_lanczos.operators import OperatorBatch, TokenOperators
 from elm_lanczos.rules import RULES
+from elm_lanczos.svd.cost import predict
 from elm_lanczos.svd.plan import DEFAULT_TOL, make_plan
 
 OURS = ("auto", "lanczos", "stream", "dense")
@@ -73,6 +79,9 @@ TOL = DEFAULT_TOL[torch.float32]
 STEPS = 128  # of the paper's Lanczos
 LOCKSTEP = 64  # tokens at a time, in `paper` and `lowrank`
 ROWS = 64  # of the Jacobian in one call, in `jacobian-blocks`
+SYNTHETIC = ("synthetic-stream", "synthetic-jacobian")
+WIDE, WIDE_TOKENS, WIDE_SVDS = 2048, 256, 2  # of the synthetic system; tokens whose SVD is taken
+GROUPED_FROM = 129  # tokens of a prompt of which `paper` runs one group
 # Measured passes for each of k triplets, to predict the time.
 SVDS_PASSES = {"arpack": 10, "propack": 8, "lobpcg": 25}
 # A method that is done sooner is run up to three times, and the median counts.
@@ -189,7 +198,9 @@ def paper(lin: Linearization, k: int) -> Triplets:
     steps = min(STEPS, d)
     start = torch.randn(T, d, generator=torch.Generator().manual_seed(0))
     found = []
-    for tokens in torch.arange(T).split(LOCKSTEP):
+    every = torch.arange(T)
+    run = every[-LOCKSTEP:] if T >= GROUPED_FROM else every
+    for tokens in run.split(LOCKSTEP):
         basis = start.new_empty(len(tokens), steps, d)
         alpha, beta = start.new_empty(2, len(tokens), steps)
         v = start[tokens] / start[tokens].norm(dim=1, keepdim=True)
@@ -211,7 +222,8 @@ def paper(lin: Linearization, k: int) -> Triplets:
         JV, V = (X.take_along_dim(order[..., None], 1) for X in (JV, V))
         found.append((JV / S[..., None], S, V))
     U, S, V = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Triplets(U, S, V, tuple(range(T)))
+    note = "" if len(run) == T else f"{len(run)} of {T} tokens"
+    return Triplets(U, S, V, tuple(run.tolist()), note)
 
 
 def frozen_model(lin: Linearization) -> Callable[[Tensor], Tensor]:
@@ -362,8 +374,12 @@ def work(job: Job) -> None:
     Args:
         job: what to do.
     """
-    torch.set_grad_enabled(job.task in JACOBIAN)
+    torch.set_grad_enabled(job.task in (*JACOBIAN, "synthetic-jacobian"))
     folder = Path(job.folder)
+    if job.task in SYNTHETIC:
+        figures = synthetic(job)
+        (folder / f"{job.task}-{job.length}.json").write_text(json.dumps(figures))
+        return
     model = DetachedModel.from_pretrained(
         compute_dtype="float64" if job.task == "truth" else "float32"
     )
@@ -386,6 +402,70 @@ def work(job: Job) -> None:
         lin.jvp(lin.inputs[None])
     figures = rates(lin, job.k) if job.task == "rates" else measure(job, lin)
     (folder / f"{job.task}-{job.length}.json").write_text(json.dumps(figures))
+
+
+class Gated(OperatorBatch):
+    """The Jacobians B diag(g_i) C of y = Σ_i B (g_i ∘ C x_i), with reflections B and C."""
+
+    def __init__(self, length: int, width: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.shape, self.dtype = (length, width, width), torch.float32
+        self.device, self.labels, self.inputs = torch.device("cpu"), tuple(range(length)), None
+        b, c = torch.randn(2, width, generator=generator)
+        self.b, self.c = b / b.norm(), c / c.norm()
+        falling = torch.arange(1, width + 1) ** -0.5
+        self.g = falling * torch.rand(length, width, generator=generator)
+
+    def matvec(self, V: Tensor, index: Tensor) -> Tensor:
+        """J_i v for each row of V."""
+        return reflected(reflected(V, self.c) * self.g[index], self.b)
+
+    def rmatvec(self, U: Tensor, index: Tensor) -> Tensor:
+        """J_iᵀ u for each row of U."""
+        return reflected(reflected(U, self.b) * self.g[index], self.c)
+
+    def rows(self, Y: Tensor) -> Tensor:
+        """yᵀ J_i for each row of Y and every token."""
+        return reflected(reflected(Y, self.b)[:, None] * self.g, self.c)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The system itself: (T, d) -> (m,)."""
+        return reflected(reflected(z, self.c) * self.g, self.b).sum(0)
+
+
+def reflected(X: Tensor, v: Tensor) -> Tensor:
+    """Returns rows X reflected at the hyperplane orthogonal to the unit vector v."""
+    return X - 2 * (X @ v)[..., None] * v
+
+
+def synthetic(job: Job) -> dict[str, Any]:
+    """Measures the memory of one method on a wide system.
+
+    Args:
+        job: names the method and k.
+
+    Returns:
+        Figures, named as in Row; the worst residual is of the first tokens.
+    """
+    system = Gated(job.length, WIDE)
+    system.rows(torch.ones(1, WIDE))
+    baseline, begun = peak_mib(), time.perf_counter()
+    if job.task == "synthetic-stream":
+        found = svd(system, job.k, method="stream")
+        note, tokens = f"{int(found.n_iter.max())} streams", job.length
+        U, S, V = (x[:WIDE_SVDS] for x in (found.U, found.S, found.V))
+    else:
+        z = torch.zeros(job.length, WIDE)
+        J = torch.autograd.functional.jacobian(system, z, vectorize=True)
+        left, S, right = torch.linalg.svd(J[:, :WIDE_SVDS].transpose(0, 1), full_matrices=False)
+        U, S, V = left[..., : job.k].mT, S[:, : job.k], right[:, : job.k]
+        note, tokens = f"SVDs of {WIDE_SVDS} tokens only", WIDE_SVDS
+    seconds, peak = time.perf_counter() - begun, peak_mib() - baseline
+    first = torch.zeros(job.k, dtype=torch.int64)
+    gap = system.rmatvec(U[0], first) - S[0, :, None] * V[0]
+    residual = float(gap.norm(dim=1).max() / S[0, 0])
+    figures = {"status": "measured", "seconds": seconds, "peak_mib": peak, "residual": residual}
+    return {**figures, "runs": 1, "tokens": tokens, "note": note}
 
 
 def write_text(model: DetachedModel, length: int) -> Tensor:
@@ -424,14 +504,11 @@ def rates(lin: Linearization, k: int) -> dict[str, float]:
     two /= some
     one = _seconds(lambda: lin.vjp(cotangents[:1])) + _seconds(lambda: lin.jvp(tangents[:1]))
     full = T * _seconds(lambda: torch.linalg.svd(matrix))
-    plan = make_plan(T, m, d, torch.float32, k)
-    seconds = {
-        "lanczos": plan.passes["lanczos"] * two / 2,
-        "stream": plan.passes["stream"] * vjp,
-        "dense": plan.passes["dense"] * vjp + full,
-        "paper": T * (min(STEPS, d) + k / 2) * two,
-    }
+    plan = make_plan(T, m, d, torch.float32, k, vectors=lin.block)
+    costs = predict(TokenOperators(lin, range(T)), k, vectors=lin.block)
+    seconds = {method: float(cost.seconds or 0) for method, cost in costs.items()}
     seconds["auto"] = seconds[plan.method]
+    seconds["paper"] = T * (min(STEPS, d) + k / 2) * two
     seconds |= dict.fromkeys((*JACOBIAN, *LOWRANK), m * vjp + full)
     seconds |= {solver: T * passes * k * one / 2 for solver, passes in SVDS_PASSES.items()}
     return seconds
@@ -473,7 +550,7 @@ def measure(job: Job, lin: Linearization) -> dict[str, Any]:
         if len(taken) == 1:
             peak = peak_mib() - baseline
     every = statistics.median(taken) * job.length / len(found.tokens)
-    sampled = job.task in SCIPY
+    sampled = len(found.tokens) < job.length
     return {
         "status": "extrapolated" if sampled else "measured",
         "seconds": every,
@@ -481,7 +558,7 @@ def measure(job: Job, lin: Linearization) -> dict[str, Any]:
         **errors(found, Path(job.folder), job.length),
         "runs": len(taken),
         "tokens": len(found.tokens),
-        "note": f"{len(found.tokens)} of {job.length} tokens" if sampled else found.note,
+        "note": found.note or (f"{len(found.tokens)} of {job.length} tokens" if sampled else ""),
     }
 
 
@@ -556,7 +633,10 @@ def attempt(job: Job, predicted: float, auto: float | None) -> Row:
         What came of it.
     """
     row: dict[str, Any] = {"method": job.task, "predicted_seconds": predicted}
-    running = predicted * (min(job.sample / job.length, 1) if job.task in SCIPY else 1)
+    share = job.sample / job.length if job.task in SCIPY else 1.0
+    if job.task == "paper" and job.length >= GROUPED_FROM:
+        share = LOCKSTEP / job.length
+    running = predicted * min(share, 1)
     if running > job.limit:
         expected = f"predicted {predicted:.3g} s"
         if auto:
@@ -574,9 +654,9 @@ def attempt(job: Job, predicted: float, auto: float | None) -> Row:
     return Row(**row, **figures, ratio=figures["seconds"] / auto if auto else None)
 
 
-def _table(length: int, k: int, rows: list[Row]) -> Table:
+def _table(length: int, k: int, rows: list[Row], system: str = "bundled model") -> Table:
     """Returns the rows of one length as a table."""
-    table = Table(title=f"all {length} tokens, k = {k}, float32")
+    table = Table(title=f"{system}, all {length} tokens, k = {k}, float32")
     table.add_column("", no_wrap=True)
     for column in ("seconds", "× auto", "MiB", "σ error", "residual"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -600,7 +680,7 @@ def _table(length: int, k: int, rows: list[Row]) -> Table:
 def main(
     lengths: Annotated[
         str, typer.Option(help="Sequence lengths T, separated by commas.")
-    ] = "32,64,128,256,512",
+    ] = "8,32,64,192,512",
     k: Annotated[int, typer.Option(help="Triplets for each token.")] = 16,
     limit: Annotated[
         float, typer.Option(help="Seconds; a method predicted to run longer is skipped.")
@@ -609,6 +689,9 @@ def main(
     methods: Annotated[
         str, typer.Option(help="Methods to run, separated by commas; all ratios need auto.")
     ] = ",".join(METHODS),
+    memory: Annotated[
+        bool, typer.Option(help="Also compare the memory on a wide synthetic system.")
+    ] = True,
     out: Annotated[
         Path | None,
         typer.Option(help="Where to write; default: benchmarks/results/peers.json."),
@@ -644,10 +727,17 @@ def main(
             Path(folder, f"jacobians-{length}.pt").unlink()
             console.print(_table(length, k, rows))
             results.append({"tokens": length, "methods": [asdict(row) for row in rows]})
+        wide: list[Row] = []
+        for task in SYNTHETIC if memory else ():
+            one = Job(task, WIDE_TOKENS, k, sample, limit, folder)
+            wide.append(attempt(one, 0.0, None))
+        if memory:
+            console.print(_table(WIDE_TOKENS, k, wide, f"synthetic, d = {WIDE}"))
     settings = {"k": k, "dtype": "float32", "limit_seconds": limit, "sample": sample}
     path = out or RESULTS / "peers.json"
     path.parent.mkdir(exist_ok=True)
     figures = {"machine": machine(), **settings, "lengths": results}
+    figures["synthetic"] = {"tokens": WIDE_TOKENS, "d": WIDE, "methods": [asdict(r) for r in wide]}
     path.write_text(json.dumps(figures, indent=2) + "\n")
     console.print(f"written to {path.name}")
 
