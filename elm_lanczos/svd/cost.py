@@ -206,6 +206,8 @@ def algebra_seconds(plan: Plan, n: int, m: int, d: int, device: torch.device) ->
     # Fixed numbers of streams and steps, as predicted, whatever the stand-ins would need.
     fixed = replace(
         plan,
+        # A few streams of rows do what block Krylov iteration on as many matrices does.
+        method="stream" if plan.method == "dense" and plan.solver == "krylov" else plan.method,
         memory=0,
         reason="",
         tol=0.0,

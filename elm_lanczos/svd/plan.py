@@ -198,7 +198,7 @@ def make_plan(
         tol=float(tol),
         seed=seed,
         dtype=str(dtype).removeprefix("torch."),
-        basis=stream_basis if chosen == "stream" else lanczos_basis,
+        basis=lanczos_basis if chosen == "lanczos" else stream_basis,
         block=BLOCK,
         max_restarts=100,
         check_every=4,

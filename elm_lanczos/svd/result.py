@@ -90,7 +90,7 @@ class SVDResult:
             results: At least one; all of one method, k and shape.
 
         Returns:
-            The whole. Streams serve all operators at once, so their passes are not added up.
+            The whole. Streams serve several operators at once, so their passes are not added up.
         """
         first = results[0]
         per_operator: dict[str, Any] = {

@@ -8,6 +8,7 @@ a resumed run repeats them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,8 +80,17 @@ def svd(
     )
     n, size = batch.shape[0], min(GROUP, plan.panel)
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
-    results = dict(solve(batch, plan, groups, progress))
-    return SVDResult.concatenate([results[position] for position in range(len(groups))])
+    made = 0
+
+    def count(passes: int) -> None:
+        nonlocal made
+        made = passes
+        if progress is not None:
+            progress(passes)
+
+    results = dict(solve(batch, plan, groups, count))
+    whole = SVDResult.concatenate([results[position] for position in range(len(groups))])
+    return replace(whole, passes=made)
 
 
 @torch.no_grad()
