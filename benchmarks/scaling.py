@@ -12,11 +12,11 @@ the preparation of the linear system and that a JVP may not cost what a VJP cost
 
 On a CPU a few vectors are pushed through LAYERS layers, the last of them narrowed, and the time of
 all L layers, L − 1 full ones and the narrowed one, is extrapolated in proportion to the flops of
-these products (`shapes.layer_flops`); what is extrapolated is marked. It is an overestimate: the
-narrowed layer multiplies few rows, in more time than its flops would take in a full one. The first
-shape is also run at DEPTHS, to show by how much. With one thread the clock is the processor time,
-which other programs do not lengthen. On a CUDA device all layers are run, at T = 32 … 2048, and
-with `--whole` also every method from start to end:
+these products (`shapes.layer_flops`); what is extrapolated is marked. If anything it is too
+slow: the narrowed layer multiplies few rows, in more time than its flops take in a full one. The
+first shape is also run at DEPTHS, to show by how much. With one thread the clock is the processor
+time, which other programs do not lengthen. On a CUDA device all layers are run, at T = 32 … 2048,
+and with `--whole` also every method from start to end:
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --seconds 4
     python benchmarks/scaling.py --device cuda --precision ieee,tf32 --whole
