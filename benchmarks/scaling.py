@@ -2,18 +2,23 @@
 
 All layers of a model share one layer's random weights (`elm_lanczos.shared_layer`), so that flops
 and activations are those of the real model while memory is one layer. Per shape and length T, in
-turn and in the same run: a block of VJPs, and the matrix products that the block cannot do without
-(v, o, up and down of every layer for `block · T` rows, and `Pᵀ G` of every head). Their ratio is
-the share of the matrix-product limit. The total time for k triplets of all T tokens is the number
+turn and in the same run: a block of VJPs, and the matrix products that the block cannot do without:
+v, o, up and down of every layer for `block · T` rows, and `Pᵀ G` of every head. The last layer is
+narrowed to the output position (`Linearization.narrowed`): of it only v is for all these rows; o,
+up and down are for `block` rows, and Pᵀ is that of one query. The ratio of the two times is the
+share of the matrix-product limit. The total time for k triplets of all T tokens is the number
 of passes that `svd.plan` predicts over the measured passes per second; the solvers' own algebra,
 the preparation of the linear system and that a JVP may not cost what a VJP costs are not in it.
 
-On a CPU a few vectors are pushed through one layer, and the time of the whole depth is extrapolated
-in proportion to the layers; what is extrapolated is marked. With one thread the clock is the
-processor time, which other programs do not lengthen. On a CUDA device all layers are run, at
-T = 32 … 2048, and with `--whole` also every method from start to end:
+On a CPU a few vectors are pushed through LAYERS layers, the last of them narrowed, and the time of
+all L layers, L − 1 full ones and the narrowed one, is extrapolated in proportion to the flops of
+these products (`shapes.layer_flops`); what is extrapolated is marked. If anything it is too
+slow: the narrowed layer multiplies few rows, in more time than its flops take in a full one. The
+first shape is also run at DEPTHS, to show by how much. With one thread the clock is the processor
+time, which other programs do not lengthen. On a CUDA device all layers are run, at T = 32 … 2048,
+and with `--whole` also every method from start to end:
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py --seconds 4
     python benchmarks/scaling.py --device cuda --precision ieee,tf32 --whole
 """
 
@@ -35,7 +40,7 @@ import typer
 from machine import write_results
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, load_shape, weight_bytes
+from shapes import SHAPES, layer_flops, linear_weights, load_shape, weight_bytes
 
 from elm_lanczos import DetachedModel, svd
 from elm_lanczos.errors import UsageError
@@ -48,7 +53,8 @@ from elm_lanczos.svd.result import SVDResult
 METHODS = ("lanczos", "stream", "dense")
 PRECISIONS = ("ieee", "tf32")
 MOST_REPEATS, MOST_RESTARTS = 7, 5
-DEPTHS = (1, 2, 4)
+LAYERS = 3
+DEPTHS = (2, 3, 5)
 WHOLE_SHAPE, WHOLE_TOKENS = "gemma-3-4b", 427
 PAPER = {
     "seconds": 42 * 60 + 47,
@@ -67,7 +73,7 @@ class Setting:
         device: where.
         shapes: names of files in `configs/shapes`, the first of which is also run at DEPTHS.
         lengths: sequence lengths T.
-        layers: layers that are run at most; all if None.
+        layers: layers that are run at most, the last of them narrowed; all if None.
         rows: rows of a matrix product, `block · T`, as far as whole vectors allow.
         k: triplets for each token.
         seconds: time for each row of the table.
@@ -93,17 +99,21 @@ class Row:
         precision: of float32 matrix products, 'ieee' or 'tf32'.
         tokens: sequence length T.
         block: vectors in a block.
-        layers_run: layers that were run.
+        layers_run: layers that were run, with the last.
+        narrowed: whether the last one was run for the output position alone behind its attention.
         layers: layers that the model has.
         hidden_size: d.
         linear_parameters: of v, o, up and down of one layer.
         weight_bytes: what the parameters really took.
+        flops: of the matrix products of one VJP through the layers run.
+        whole_flops: of one through all layers.
+        full_layer_flops: of one through a layer that is not narrowed.
         prepare_seconds: of the linear system and its linearised layers, for the layers run.
         pass_seconds: of one VJP through the layers run, median.
         product_seconds: of its matrix products alone, median.
         share: of the matrix-product limit, median of the ratios of neighbouring repeats.
         repeats: timed blocks.
-        extrapolated: whether the following are, from `layers_run` to `layers` in proportion.
+        extrapolated: whether the following are, in proportion from `flops` to `whole_flops`.
         passes_per_second: VJPs through all layers.
         passes: that each method is predicted to need for k triplets of all T tokens.
         total_seconds: those passes at that rate, by method: always a prediction.
@@ -115,10 +125,14 @@ class Row:
     tokens: int
     block: int
     layers_run: int
+    narrowed: bool
     layers: int
     hidden_size: int
     linear_parameters: int
     weight_bytes: int
+    flops: int
+    whole_flops: int
+    full_layer_flops: int
     prepare_seconds: float
     pass_seconds: float
     product_seconds: float
@@ -129,6 +143,11 @@ class Row:
     passes: dict[str, int]
     total_seconds: dict[str, float]
     peak_bytes: int | None
+
+    @property
+    def full_layer_seconds(self) -> float:
+        """The part of `pass_seconds` that a full layer has in `flops`."""
+        return self.pass_seconds * self.full_layer_flops / self.flops
 
 
 @dataclass(frozen=True)
@@ -216,23 +235,20 @@ def peak_bytes(device: torch.device) -> int | None:
 # ---------------------------------------------------------------------------- one row
 
 
-def linear_weights(model: DetachedModel) -> list[torch.Tensor]:
-    """Returns the weights of the first layer's linear path: v, o, up and down."""
-    attn, mlp = model.layers[0].self_attn, model.layers[0].mlp
-    modules = (attn.v_proj, attn.o_proj, mlp.up_proj, mlp.down_proj)
-    return [module.weight.detach() for module in modules]
-
-
-def matrix_products(model: DetachedModel, tokens: int, block: int) -> Callable[[], None]:
-    """Returns the matrix products of one block of VJPs, and nothing else.
+def matrix_products(
+    model: DetachedModel, tokens: int, block: int, narrowed: bool
+) -> Callable[[], None]:
+    """Returns the matrix products that one block of VJPs cannot do without, and nothing else.
 
     Args:
         model: its layers all have the first one's shapes.
         tokens: sequence length T.
         block: vectors.
+        narrowed: whether the last layer is run for the output position alone behind its attention:
+            then its o, up and down are for `block` rows, and its Pᵀ is that of one query.
 
     Returns:
-        A function that multiplies them all.
+        A function that multiplies them all, in the precision that the passes have.
     """
     config, weights = model.decoder.config, linear_weights(model)
     options: dict[str, Any] = {"device": weights[0].device, "dtype": weights[0].dtype}
@@ -242,11 +258,21 @@ def matrix_products(model: DetachedModel, tokens: int, block: int) -> Callable[[
     P = torch.rand(kv_heads, groups * tokens, tokens, **options).mT
     G = torch.randn(kv_heads, groups * tokens, block * config.head_dim, **options)
 
+    P_row = torch.rand(kv_heads, groups, tokens, **options).mT
+    G_row = torch.randn(kv_heads, groups, block * config.head_dim, **options)
+    v, *others = weights
+
     def multiply() -> None:
-        for _ in model.layers:
-            for weight in weights:
-                torch.mm(inputs[weight.shape[0]], weight)
-            torch.bmm(P, G)
+        with model.arithmetic():
+            for _ in range(len(model.layers) - narrowed):
+                for weight in weights:
+                    torch.mm(inputs[weight.shape[0]], weight)
+                torch.bmm(P, G)
+            if narrowed:
+                torch.mm(inputs[v.shape[0]], v)
+                for weight in others:
+                    torch.mm(inputs[weight.shape[0]][:block], weight)
+                torch.bmm(P_row, G_row)
 
     return multiply
 
@@ -297,7 +323,7 @@ def measure(model: DetachedModel, shape: str, layers: int, tokens: int, setting:
     (lin,) = held
     _, m, d = lin.shape
     cotangents = torch.randn(block, m, generator=torch.Generator().manual_seed(1)).to(device)
-    multiply = matrix_products(model, tokens, block)
+    multiply = matrix_products(model, tokens, block, lin.narrowed)
     linearising = seconds_of(lambda: lin.vjp(cotangents), device)
     multiply()
     synchronize(device)
@@ -306,7 +332,10 @@ def measure(model: DetachedModel, shape: str, layers: int, tokens: int, setting:
         products.append(seconds_of(multiply, device) / block)
         vjps.append(seconds_of(lambda: lin.vjp(cotangents), device) / block)
     pass_seconds, run = statistics.median(vjps), len(model.layers)
-    rate = run / layers / pass_seconds
+    full, narrow = layer_flops(model, tokens)
+    last = narrow if lin.narrowed else full
+    flops, whole_flops = (run - 1) * full + last, (layers - 1) * full + last
+    rate = flops / whole_flops / pass_seconds
     plan = plan_of(lin, "auto", setting, tokens)
     passes = {method: plan.passes[method] for method in METHODS}
     return Row(
@@ -315,10 +344,14 @@ def measure(model: DetachedModel, shape: str, layers: int, tokens: int, setting:
         tokens=tokens,
         block=block,
         layers_run=run,
+        narrowed=lin.narrowed,
         layers=layers,
         hidden_size=d,
         linear_parameters=sum(weight.numel() for weight in linear_weights(model)),
         weight_bytes=weight_bytes(model),
+        flops=flops,
+        whole_flops=whole_flops,
+        full_layer_flops=full,
         prepare_seconds=tracing + max(0.0, linearising - pass_seconds * block),
         pass_seconds=pass_seconds,
         product_seconds=statistics.median(products),
@@ -354,7 +387,7 @@ def whole(model: DetachedModel, method: str, sample: int, setting: Setting) -> W
     plan = plan_of(lin, method, setting, tokens=count)
     lin.vjp(torch.ones(lin.block, lin.shape[1], device=device))  # linearises every layer
     lin.jvp(lin.inputs.expand(lin.block, -1, -1))
-    multiply = matrix_products(model, WHOLE_TOKENS, lin.block)
+    multiply = matrix_products(model, WHOLE_TOKENS, lin.block, lin.narrowed)
     multiply()
     floor = statistics.median(seconds_of(multiply, device) / lin.block for _ in range(3))
     del multiply
@@ -403,37 +436,34 @@ def exponent(points: list[tuple[float, float]]) -> float | None:
 
 
 def growth(rows: list[Row], depths: list[Row]) -> dict[str, Any]:
-    """Fits how the seconds of one pass grow.
+    """Fits how the seconds of one full layer, and with the depth those of one pass, grow.
 
     Args:
         rows: of all shapes and lengths, one precision.
         depths: of one shape and length at several depths.
 
     Returns:
-        Exponents: with T for each shape; with d, and with the parameters of the linear path, of the
-        seconds per layer, for each T; with the depth.
+        Exponents of a full layer's seconds: with T for each shape; with d, and with the parameters
+        of the linear path, for each T. And of the seconds of a pass at several depths, narrowed
+        layer included: with its flops, which is 1 where extrapolating by flops is right.
     """
 
     def across_shapes(tokens: int, name: str) -> float | None:
         return exponent(
-            [
-                (getattr(row, name), row.pass_seconds / row.layers_run)
-                for row in rows
-                if row.tokens == tokens
-            ]
+            [(getattr(row, name), row.full_layer_seconds) for row in rows if row.tokens == tokens]
         )
 
     lengths = sorted({row.tokens for row in rows})
     return {
         "T": {
-            shape: exponent([(r.tokens, r.pass_seconds) for r in rows if r.shape == shape])
+            shape: exponent([(r.tokens, r.full_layer_seconds) for r in rows if r.shape == shape])
             for shape in dict.fromkeys(row.shape for row in rows)
         },
         "d": {str(tokens): across_shapes(tokens, "hidden_size") for tokens in lengths},
         "linear_parameters": {
             str(tokens): across_shapes(tokens, "linear_parameters") for tokens in lengths
         },
-        "depth": exponent([(row.layers_run, row.pass_seconds) for row in depths]),
+        "flops_of_depths": exponent([(row.flops, row.pass_seconds) for row in depths]),
     }
 
 
@@ -455,7 +485,7 @@ def table_of(rows: list[Row], setting: Setting) -> Table:
         title=f"{where}: VJPs, and k = {setting.k} for all T tokens",
         pad_edge=False,
         caption=(
-            "layers: run/all; * extrapolated in proportion to them; totals are predicted passes "
+            "layers: run/all; * extrapolated in proportion to flops; totals are predicted passes "
             "over passes/s, without the solvers' own algebra; the vocabulary, which is not on the "
             "linear path, is shrunk"
         ),
@@ -505,8 +535,9 @@ def growth_lines(fitted: dict[str, Any]) -> Iterator[str]:
     for name, found in fitted.items():
         entries = found.items() if isinstance(found, dict) else [("", found)]
         cells = [f"{key} {p:.2f}".strip() for key, p in entries if p is not None]
+        what = "pass" if name == "flops_of_depths" else "full layer"
         if cells:
-            yield f"seconds per pass ∝ {name}^p: p = {', '.join(cells)}"
+            yield f"seconds per {what} ∝ {name}^p: p = {', '.join(cells)}"
 
 
 # ---------------------------------------------------------------------------- the program
@@ -552,13 +583,13 @@ def resolve(
     if unknown := sorted(set(chosen) - known):
         raise typer.BadParameter(f"no shape {', '.join(unknown)} among {', '.join(sorted(known))}")
     small = device.type != "cuda"
-    lengths = lengths or ("8,16,32" if small else "32,64,128,256,512,1024,2048")
+    lengths = lengths or ("8,32" if small else "32,64,128,256,512,1024,2048")
     options["rows"] = options["rows"] or (128 if small else 8192)
     return Setting(
         device=device,
         shapes=chosen,
         lengths=tuple(int(length) for length in lengths.split(",")),
-        layers=layers or (1 if small else None),
+        layers=layers or (LAYERS if small else None),
         memory=2 ** ((free_bytes(device) // 2).bit_length() - 1),
         **options,
     )
@@ -578,7 +609,7 @@ def main(
         str | None, typer.Option(help="Sequence lengths T, separated by commas.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="Layers to run; default: all on CUDA, else 1.")
+        int | None, typer.Option(min=2, help=f"Layers to run; default: all on CUDA, else {LAYERS}.")
     ] = None,
     rows: Annotated[
         int | None, typer.Option(help="block · T; default: 8192 on CUDA, else 128.")

@@ -1,4 +1,4 @@
-"""The shapes of published models in `configs/shapes`."""
+"""The shapes of published models in `configs/shapes`, and the flops of their linear path."""
 
 from __future__ import annotations
 
@@ -38,6 +38,36 @@ def parameters(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def layer_flops(model: DetachedModel, tokens: int) -> tuple[int, int]:
+    """Returns the flops that one vector's VJP cannot do without, in a layer and in a narrowed one.
+
+    The matrix products of a layer's linear path are those with the weights of v, o, up and down for
+    each of T tokens, and with the T×T probabilities Pᵀ of each head. Narrowed to the output
+    position, as the last layer is, it has v for all tokens, o, up and down for one, and one row of
+    probabilities for each head.
+
+    Args:
+        model: Llama-like; its layers all have the first one's shapes.
+        tokens: sequence length T.
+
+    Returns:
+        Of a layer run for all tokens, and of one run for the output position alone.
+    """
+    config = model.decoder.config
+    v, *others = (weight.numel() for weight in linear_weights(model))
+    heads = config.num_attention_heads * config.head_dim
+    full = tokens * (v + sum(others)) + tokens**2 * heads
+    narrowed = tokens * v + sum(others) + tokens * heads
+    return 2 * full, 2 * narrowed
+
+
+def linear_weights(model: DetachedModel) -> list[torch.Tensor]:
+    """Returns the weights of the first layer's linear path: v, o, up and down."""
+    attn, mlp = model.layers[0].self_attn, model.layers[0].mlp
+    modules = (attn.v_proj, attn.o_proj, mlp.up_proj, mlp.down_proj)
+    return [module.weight.detach() for module in modules]
 
 
 def weight_bytes(model: DetachedModel) -> int:

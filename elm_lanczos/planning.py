@@ -295,7 +295,7 @@ def _timed_layers(
     per_layer = flops[few] - flops.get(few - 1, 0)
     whole = flops[few] + (depth - few) * per_layer
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = 2 * T**2 * text.num_attention_heads * head_dim * (depth - 1)
+    attention = 2 * T**2 * text.num_attention_heads * head_dim * (depth - lin.narrowed)
     growth = length / T
     wanted = (whole - attention) * growth + attention * growth**2
     return _Timed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.shapes import SHAPES, load_shape, parameters, weight_bytes
+from benchmarks.shapes import SHAPES, layer_flops, load_shape, parameters, weight_bytes
 from elm_lanczos.architectures import tiny_config
 from elm_lanczos.shared_layer import VOCABULARY, shared_layer_model
 
@@ -48,6 +48,23 @@ def test_layers_share_one_layers_weights_and_stay_layers_of_a_chain(name: str) -
     assert lin.not_a_chain == ""
     assert len([segment for segment in lin.segments if "layers" in segment.name]) == 2
     assert lin.certificate().exact
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen-3-14b"])
+def test_the_flops_of_a_pass_are_those_of_its_layers(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config(load_shape(SHAPES / f"{name}.yaml"))
+    model, tokens = shared_layer_model(config, 3), 11
+    lin = model.linearize(torch.arange(tokens), keep=True)
+    cotangent = torch.ones(1, lin.shape[1])
+    lin.vjp(cotangent)  # linearises
+    with FlopCounterMode(display=False) as counter:
+        lin.vjp(cotangent)
+    full, narrowed = layer_flops(model, tokens)
+    assert lin.narrowed
+    assert narrowed < full / 2
+    assert counter.get_total_flops() == pytest.approx(2 * full + narrowed, rel=0.05)
 
 
 def test_buffers_are_those_of_a_model_built_in_the_usual_way() -> None:
