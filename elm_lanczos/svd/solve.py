@@ -8,6 +8,7 @@ a resumed run repeats them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,8 +80,17 @@ def svd(
     )
     n, size = batch.shape[0], min(GROUP, plan.panel)
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
-    results = dict(solve(batch, plan, groups, progress))
-    return SVDResult.concatenate([results[position] for position in range(len(groups))])
+    made = 0
+
+    def count(passes: int) -> None:
+        nonlocal made
+        made = passes
+        if progress is not None:
+            progress(passes)
+
+    results = dict(solve(batch, plan, groups, count))
+    whole = SVDResult.concatenate([results[position] for position in range(len(groups))])
+    return replace(whole, passes=made)
 
 
 @torch.no_grad()
@@ -116,7 +126,8 @@ def solve(
     index = [torch.tensor(list(group), dtype=torch.int64) for group in groups]
     if plan.method == "lanczos":
         for position, group in enumerate(index):
-            yield position, lanczos(batch, plan, group, count)
+            parts = [lanczos(batch, plan, part, count) for part in group.split(plan.panel)]
+            yield position, SVDResult.concatenate(parts)
         return
     by_rows = {"stream": stream, "dense": dense}[plan.method]
     for panel in _panels(index, plan.panel):
