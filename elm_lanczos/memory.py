@@ -21,16 +21,23 @@ def free_bytes(device: torch.device) -> int:
 
 def size(bytes_: float) -> str:
     """Returns a number of bytes with the unit that suits it: `512 MiB`, `3.2 GiB`."""
-    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while bytes_ >= 1000 and len(units) > 1:
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while round(bytes_) >= 1000 and len(units) > 1:
         bytes_, units = bytes_ / 1024, units[1:]
-    whole = bytes_ >= 10 or units[0] == "bytes"
-    return f"{bytes_:.0f} {units[0]}" if whole else f"{bytes_:.1f} {units[0]}"
+    return f"{_figures(bytes_, whole=units[0] == 'bytes')} {units[0]}"
 
 
 def duration(seconds: float) -> str:
     """Returns a time with the unit that suits it: `0.24 s`, `12 s`, `42 min`, `5.1 h`, `19 d`."""
+    if seconds < 0.995:
+        short = "below 1 ms" if seconds else "0 s"
+        return short if seconds < 0.001 else f"{seconds:.2g} s"
     time, units = seconds, [("s", 60), ("min", 60), ("h", 24), ("d", 1)]
-    while len(units) > 1 and time >= 1.5 * units[0][1]:
+    while len(units) > 1 and round(time) >= units[0][1]:
         time, units = time / units[0][1], units[1:]
-    return f"{time:.0f} {units[0][0]}" if time >= 10 else f"{time:.2g} {units[0][0]}"
+    return f"{_figures(time)} {units[0][0]}"
+
+
+def _figures(number: float, *, whole: bool = False) -> str:
+    """A number with two figures or all of its whole part."""
+    return f"{number:.0f}" if whole or number >= 9.95 else f"{number:.1f}"

@@ -205,11 +205,16 @@ class BlockKrylov:
     def next_block(self) -> None:
         """Go on with what is new in W: the block of the next stream."""
         width = min(self.plan.width, self._V.shape[2] - self._V.shape[1])
-        size = self._image.norm(dim=2, keepdim=True)
+        # After narrow blocks of residuals, what is new in the wide ones before them is used too.
+        narrow = self._image.shape[1] < width
+        image, W = (self._Y, self._W) if narrow else (self._image, self._block_W)
+        size = image.norm(dim=2, keepdim=True)
         assert self._ritz is not None
         largest = self._ritz.S[:, 0].to(size)
         negligible = BREAKDOWN * torch.finfo(size.dtype).eps * largest
-        directions = torch.where(size <= negligible[:, None, None], 0.0, self._block_W / size)
+        directions = torch.where(size <= negligible[:, None, None], 0.0, W / size)
+        lacking = max(0, width - directions.shape[1])
+        directions = torch.nn.functional.pad(directions, (0, 0, 0, lacking))
         self._left = self._ritz.U
         self._put_block(directions, largest, width)
         self._restart_if_full(width)

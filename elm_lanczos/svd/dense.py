@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from elm_lanczos.errors import UsageError
+from elm_lanczos.memory import size
 from elm_lanczos.operators import OperatorBatch, StackedOperators
 from elm_lanczos.svd.block_krylov import BlockKrylov
 from elm_lanczos.svd.orthogonal import batched_svd, power_of_two_scale
@@ -38,7 +41,17 @@ def dense(
 
     Yields:
         Position in groups, and that group's result. Residuals come from the stream's rows.
+
+    Raises:
+        UsageError: Where the scratch folder has no room for the rows.
     """
+    _, m, d = batch.shape
+    needed = sum(len(index) for index in groups) * m * d * batch.dtype.itemsize
+    # A mapped file that outgrows its disk ends the process with a bus error.
+    if plan.scratch is not None and (free := shutil.disk_usage(plan.scratch)[2]) < needed:
+        raise UsageError(
+            f"scratch {plan.scratch} has {size(free)} free, and {size(needed)} are needed"
+        )
     with contextlib.ExitStack() as scratch:
         matrices = [_storage(batch, plan, len(index), scratch) for index in groups]
         for start, rows in row_blocks(batch, plan, count):
@@ -59,8 +72,8 @@ def _storage(batch: OperatorBatch, plan: Plan, g: int, scratch: contextlib.ExitS
     if plan.scratch is None:
         return torch.empty(g, m, d, dtype=batch.dtype, device=batch.device)
     folder = scratch.enter_context(tempfile.TemporaryDirectory(dir=plan.scratch))
-    file, size = os.path.join(folder, "rows"), g * m * d
-    return torch.from_file(file, shared=True, size=size, dtype=batch.dtype).view(g, m, d)
+    file = os.path.join(folder, "rows")
+    return torch.from_file(file, shared=True, size=g * m * d, dtype=batch.dtype).view(g, m, d)
 
 
 def _solve(batch: OperatorBatch, plan: Plan, index: Tensor, J: Tensor) -> SVDResult:

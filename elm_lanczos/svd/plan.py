@@ -170,13 +170,13 @@ def make_plan(
     rows_panel = max(1, min(n, (room - solved_bytes) // dense_bytes)) if kept_bytes else n
 
     passes = {
-        "lanczos": n * 2 * steps + PROBES * math.ceil(n / GROUP),
+        "lanczos": n * 2 * steps + PROBES * math.ceil(n / min(GROUP, panel(lanczos_bytes))),
         "stream": math.ceil(n / panel(stream_bytes))
         * _stream_passes(panel(stream_bytes), m, d, width, k, tol),
         "dense": math.ceil(n / rows_panel) * m,
     }
     needed = {
-        "lanczos": min(n, GROUP) * lanczos_bytes + rows_bytes,
+        "lanczos": min(GROUP, panel(lanczos_bytes)) * lanczos_bytes + rows_bytes,
         "stream": panel(stream_bytes) * stream_bytes + rows_bytes,
         "dense": rows_panel * kept_bytes + solved_bytes + rows_bytes,
     }
@@ -191,7 +191,11 @@ def make_plan(
         )
     else:
         chosen, reason = method, f"{method}: asked for"
-    panels = {"lanczos": n, "stream": panel(stream_bytes), "dense": rows_panel}
+    panels = {
+        "lanczos": panel(lanczos_bytes),
+        "stream": panel(stream_bytes),
+        "dense": rows_panel,
+    }
     return Plan(
         method=chosen,
         k=k,
@@ -269,7 +273,8 @@ def _stream_passes(n: int, m: int, d: int, width: int, k: int, tol: float) -> in
 def _cotangent_block(vectors: int, m: int, room: int) -> int:
     """Cotangents at a time: about 64, in multiples of those the operators take at a time."""
     vectors = min(vectors, m)
-    return max(1, min(m, room, vectors * max(1, 64 // vectors)))
+    some = max(1, min(m, room, vectors * max(1, 64 // vectors)))
+    return some if some in range(vectors) or some == m else some - some % vectors
 
 
 def _digits(tol: float) -> float:

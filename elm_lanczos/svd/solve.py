@@ -126,7 +126,8 @@ def solve(
     index = [torch.tensor(list(group), dtype=torch.int64) for group in groups]
     if plan.method == "lanczos":
         for position, group in enumerate(index):
-            yield position, lanczos(batch, plan, group, count)
+            parts = [lanczos(batch, plan, part, count) for part in group.split(plan.panel)]
+            yield position, SVDResult.concatenate(parts)
         return
     by_rows = {"stream": stream, "dense": dense}[plan.method]
     for panel in _panels(index, plan.panel):

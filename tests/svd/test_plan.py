@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elm_lanczos.errors import UsageError
+from elm_lanczos.operators import StackedOperators
 from elm_lanczos.svd.plan import Plan, make_plan
-from tests.spectra import powers, solve_with, with_spectrum
+from elm_lanczos.svd.solve import solve
+from tests.spectra import check_triplets, powers, solve_with, with_spectrum
 
 
 def test_some_tokens_go_to_lanczos_and_many_to_streams() -> None:
@@ -99,3 +104,74 @@ def test_plans_changed_into_unusable_ones(
     plan = make_plan(1, 40, 40, torch.float64, 4, method)
     with pytest.raises(UsageError, match=message):
         svd(matrix, 4, plan=replace(plan, **changes))  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    n=st.integers(1, 600),
+    m=st.integers(1, 1200),
+    d=st.integers(1, 1200),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    vectors=st.integers(1, 300),
+    log_memory=st.floats(8, 36),
+)
+def test_every_method_stays_within_the_memory_if_one_operator_fits(
+    n: int, m: int, d: int, share: float, dtype: torch.dtype, vectors: int, log_memory: float
+) -> None:
+    k, memory = 1 + round(share * (min(m, d) - 1)), int(2**log_memory)
+    for method in ("auto", "lanczos", "stream", "dense"):
+        plan = make_plan(n, m, d, dtype, k, method, memory=memory, vectors=vectors)
+        assert Plan(**json.loads(json.dumps(asdict(plan)))) == plan
+        assert 1 <= plan.panel <= n and plan.together >= 1
+        assert 1 <= plan.cotangent_block <= m
+        assert plan.k <= plan.width <= min(m, d)
+        assert set(plan.passes) == set(plan.bytes) == {"lanczos", "stream", "dense"}
+        assert all(isinstance(p, int) and p > 0 for p in plan.passes.values())
+        # In multiples of what the operators take at a time, unless all rows flow by at once.
+        block = plan.cotangent_block
+        assert block < vectors or block == m or block % vectors == 0
+        # Lockstep, stream and dense alike: whoever asks is answered within the memory.
+        ample = make_plan(1, m, d, dtype, k, method, memory=2**60, vectors=1)
+        rows = 2 * d * dtype.itemsize * (n - ample.cotangent_block)
+        for name, needed in plan.bytes.items():
+            # Half of the memory for one operator: the rest is for the rows that flow by.
+            if 2 * (ample.bytes[name] + rows) <= memory:
+                assert needed <= memory, name
+
+
+def test_dense_in_a_scratch_file_makes_one_stream_whatever_the_memory(tmp_path: Path) -> None:
+    options = {"memory": 2**24, "scratch": str(tmp_path)}
+    plan = make_plan(300, 256, 256, torch.float32, 4, "dense", **options)  # type: ignore[arg-type]
+    kept = make_plan(300, 256, 256, torch.float32, 4, "dense", memory=2**24)
+    assert (plan.panel, plan.passes["dense"]) == (300, 256)
+    assert kept.panel < 300 and kept.passes["dense"] > 256
+
+
+def test_lanczos_splits_a_group_that_memory_has_no_room_for() -> None:
+    J = torch.stack([with_spectrum(powers(-1, 60), 60, 60, seed=seed) for seed in range(5)])
+    ample = make_plan(5, 60, 60, torch.float64, 3, "lanczos", memory=2**30)
+    one = make_plan(1, 60, 60, torch.float64, 3, "lanczos", memory=2**30)
+    scarce = make_plan(5, 60, 60, torch.float64, 3, "lanczos", memory=3 * one.bytes["lanczos"])
+    assert ample.panel == 5 > scarce.panel >= 2
+    ((_, split),) = solve(StackedOperators(J), scarce, [range(5)])
+    assert split.tokens == (0, 1, 2, 3, 4)
+    check_triplets(split, J)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tol"),
+    [
+        (torch.float32, "ieee", 1e-5),
+        (torch.float64, "ieee", 1e-10),
+        (torch.float32, "tf32", 1e-3),
+    ],
+)
+def test_tolerance_by_default_is_what_products_can_reach(
+    dtype: torch.dtype, precision: str, tol: float
+) -> None:
+    plan = make_plan(3, 64, 64, dtype, 4, precision=precision)
+    assert plan.tol == tol
+    assert make_plan(3, 64, 64, dtype, 4, tol=1e-2, precision=precision).tol == 1e-2
+    finer = make_plan(3, 64, 64, dtype, 4, tol=tol / 100, precision=precision)
+    assert all(finer.passes[m] >= plan.passes[m] for m in ("lanczos", "stream"))
