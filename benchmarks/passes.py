@@ -104,8 +104,10 @@ def main(
     group = torch.arange(tokens)
     sample = torch.randn(tokens, plan.width, lin.inputs.shape[1], generator=generator)
 
+    state = BlockKrylov(batch, plan, group, sample)
+
     def stream() -> None:
-        state = BlockKrylov(batch, plan, group, sample)
+        state.streams = 0  # the first one also takes norms and contributions
         for start, rows in row_blocks(batch, plan, lambda _: None):
             state.absorb(start, rows)
 

@@ -505,7 +505,7 @@ def rates(lin: Linearization, k: int) -> dict[str, float]:
     one = _seconds(lambda: lin.vjp(cotangents[:1])) + _seconds(lambda: lin.jvp(tangents[:1]))
     full = T * _seconds(lambda: torch.linalg.svd(matrix))
     plan = make_plan(T, m, d, torch.float32, k, vectors=lin.block)
-    costs = predict(TokenOperators(lin, range(T)), k, vectors=lin.block)
+    costs = predict(TokenOperators(lin, range(T)), k)
     seconds = {method: float(cost.seconds or 0) for method, cost in costs.items()}
     seconds["auto"] = seconds[plan.method]
     seconds["paper"] = T * (min(STEPS, d) + k / 2) * two

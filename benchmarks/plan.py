@@ -40,7 +40,7 @@ def main(
         ids = torch.randint(model.embedding.weight.shape[0], (length,), generator=generator)
         lin = model.linearize(ids)
         batch = TokenOperators(lin, range(length))
-        for method, cost in predict(batch, k, vectors=lin.block).items():
+        for method, cost in predict(batch, k).items():
             predicted = cost.seconds or 0.0
             if predicted > limit:
                 continue

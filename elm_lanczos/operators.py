@@ -260,9 +260,11 @@ class OperatorBatch(ABC):
             operator meets, so that its result does not depend on its neighbours in the batch.
         inputs: (n, d) inputs x_i that fix the signs of singular vectors, or None.
         precision: Of the operators' float32 products, 'ieee' or 'tf32'.
+        vectors: How many vectors they take at a time.
     """
 
     precision = "ieee"
+    vectors = 64
     shape: tuple[int, int, int]
     dtype: torch.dtype
     device: torch.device
@@ -406,6 +408,7 @@ class TokenOperators(OperatorBatch):
         self.shape = (len(self.labels), lin.output.shape[-1], d)
         self.dtype, self.device = lin.inputs.dtype, lin.inputs.device
         self.precision = getattr(lin, "precision", self.precision)
+        self.vectors = getattr(lin, "block", self.vectors)
         self._tokens = torch.tensor(self.labels, device=self.device)
         self._every_token = self.labels == tuple(range(T))
         self.inputs = lin.inputs.detach().index_select(0, self._tokens)

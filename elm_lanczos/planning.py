@@ -133,7 +133,7 @@ def plan_run(config: PlanConfig, model: DetachedModel | None) -> Forecast:
     for length in sorted({min(r[1] for r in requests), max(r[1] for r in requests)}):
         ids = torch.arange(length) % vocabulary
         lin = model.linearize(ids, block=config.batch, memory=config.memory)
-        rates = time_block(TokenOperators(lin, range(length)), lin.block)
+        rates = time_block(TokenOperators(lin, range(length)))
         measured[length] = rates, lin.held_bytes, lin
     (low, (slow, low_bytes, _)), (high, (fast, high_bytes, lin)) = (
         min(measured.items()),
@@ -291,7 +291,7 @@ def _timed_layers(
         decoder.layers = layers[:depth_run]
         lin = DetachedModel(model.hf_model).linearize(ids, block=block, memory=config.memory)
         flops[depth_run] = _flops(lin)
-    rates = time_block(TokenOperators(lin, range(T)), lin.block)
+    rates = time_block(TokenOperators(lin, range(T)))
     per_layer = flops[few] - flops.get(few - 1, 0)
     whole = flops[few] + (depth - few) * per_layer
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -437,7 +437,6 @@ def _hint(lin: Linearization, config: RunConfig, tokens: Sequence[int], plan: Pl
         config.k,
         tol=config.tol,
         memory=lin.memory,
-        vectors=lin.block,
         methods=(plan.method, "dense"),
     )
     return faster_dense(costs[plan.method], costs["dense"])

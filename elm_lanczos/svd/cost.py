@@ -69,7 +69,6 @@ def predict(
     tol: float | None = None,
     memory: int | None = None,
     scratch: str | None = None,
-    vectors: int = 64,
     methods: Sequence[str] = METHODS[1:],
 ) -> dict[str, Cost]:
     """Predict what each method takes on a batch of operators, by timing a block of each product.
@@ -80,7 +79,6 @@ def predict(
         tol: Largest residual relative to σ₁; by default as for `svd`.
         memory: Bytes to work within; by default as for `svd`.
         scratch: dense: a folder for a file that keeps the rows.
-        vectors: Vectors that the operators take at a time.
         methods: Some of 'lanczos', 'stream' and 'dense'; all by default.
 
     Returns:
@@ -95,12 +93,12 @@ def predict(
             tol,
             memory=memory,
             scratch=scratch if method == "dense" else None,
-            vectors=vectors,
+            vectors=batch.vectors,
             precision=batch.precision,
         )
         for method in methods
     }
-    rates = time_block(batch, vectors, steps="lanczos" in methods)
+    rates = time_block(batch, steps="lanczos" in methods)
     return price(plans, batch.shape, batch.device, rates)
 
 
@@ -147,12 +145,11 @@ def price(
 
 
 @torch.no_grad()
-def time_block(batch: OperatorBatch, vectors: int, *, steps: bool = True) -> Rates:
+def time_block(batch: OperatorBatch, *, steps: bool = True) -> Rates:
     """Time one block of VJPs that serve all operators, and one of a product for each of them.
 
     Args:
         batch: The operators.
-        vectors: Vectors that the operators take at a time.
         steps: Whether the latter are to be timed, which also makes the JVPs; else NaN.
 
     Returns:
@@ -164,8 +161,8 @@ def time_block(batch: OperatorBatch, vectors: int, *, steps: bool = True) -> Rat
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(batch.device, batch.dtype)
 
-    some = torch.arange(min(n, GROUP, vectors))
-    Y, V, U = random(min(m, vectors), m), random(len(some), d), random(len(some), m)
+    some = torch.arange(min(n, GROUP, batch.vectors))
+    Y, V, U = random(min(m, batch.vectors), m), random(len(some), d), random(len(some), m)
     row = _seconds(lambda: batch.rows(Y), batch.device) / len(Y)
     if not steps:
         return Rates(row, math.nan)

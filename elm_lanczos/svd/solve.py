@@ -74,7 +74,7 @@ def svd(
         tol,
         seed,
         memory,
-        vectors=getattr(A, "block", 64),
+        vectors=batch.vectors,
         scratch=scratch,
         precision=batch.precision,
     )
