@@ -1,8 +1,8 @@
 """Operators that break SVD codes: what our methods and SciPy's `svds` make of each.
 
 Every operator is small enough for a dense SVD in float64 to be the truth. Its leading triplets are
-asked of `lanczos` and `stream`, and of ARPACK, PROPACK and LOBPCG through SciPy, all with default
-tolerances and seed 0. What is judged is trust: an answer must be right or say that it is not.
+asked of `lanczos`, `stream` and `dense`, and of ARPACK, PROPACK and LOBPCG through SciPy, all with
+default tolerances and seed 0. What is judged is trust: an answer must be right or say that it is not.
 
 | verdict | what happened |
 |---|---|
@@ -43,7 +43,7 @@ from torch import Tensor
 from elm_lanczos import DetachedModel, svd
 from elm_lanczos.svd.plan import make_plan
 
-OURS = ("lanczos", "stream")
+OURS = ("lanczos", "stream", "dense")
 SCIPY = ("arpack", "propack", "lobpcg")
 VERDICTS = ("right", "wrong, says so", "WRONG, silent", "refused")
 

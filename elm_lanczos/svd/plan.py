@@ -182,13 +182,16 @@ def make_plan(
     }
     if method == "auto":
         # Where each operator has vectors of its own, few operators leave the blocks almost empty.
-        slower = 1 + vectors / (16 * min(n, GROUP, vectors))
+        at_a_time = min(n, GROUP, vectors)
+        slower = 1 + vectors / (16 * at_a_time)
         chosen = "lanczos" if passes["lanczos"] * slower <= passes["stream"] else "stream"
         other = "stream" if chosen == "lanczos" else "lanczos"
         reason = (
             f"{chosen}: about {passes[chosen]} passes for {n} operators of {m}×{d}, "
             f"against {passes[other]} by {other}"
         )
+        if passes[other] < passes[chosen]:
+            reason += f", which makes only {at_a_time} at a time"
     else:
         chosen, reason = method, f"{method}: asked for"
     panels = {
