@@ -2,7 +2,8 @@
 
 Every operator is small enough for a dense SVD in float64 to be the truth. Its leading triplets are
 asked of `lanczos`, `stream` and `dense`, and of ARPACK, PROPACK and LOBPCG through SciPy, all with
-default tolerances and seed 0. What is judged is trust: an answer must be right or say that it is not.
+default tolerances and seed 0. What is judged is trust: an answer must be right or say that it is
+not.
 
 | verdict | what happened |
 |---|---|
