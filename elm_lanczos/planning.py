@@ -17,7 +17,7 @@ from elm_lanczos.architectures import full_config
 from elm_lanczos.config import PlanConfig, select_tokens
 from elm_lanczos.errors import ModelError, UsageError, first_line
 from elm_lanczos.linearization import Linearization
-from elm_lanczos.memory import free_bytes
+from elm_lanczos.memory import free_bytes, size
 from elm_lanczos.model import DetachedModel, auto_class, usable_device, usable_precision
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import read_prompts
@@ -244,6 +244,9 @@ def _of_shape(config: PlanConfig) -> Forecast:
     for name, length in requests:
         n = len(select_tokens(config.tokens, length))
         try:
+            # Filled with random weights, it would be the system that ends the process.
+            if (layer := parameters // depth * dtype.itemsize) > (free := free_bytes(device)) // 2:
+                raise MemoryError(f"one takes about {size(layer)}, and {size(free)} are free")
             timed = _timed_layers(source, length, device, dtype, config)
         except UsageError:
             raise

@@ -115,7 +115,7 @@ def test_plan_and_run_follow_the_same_plan(planned: Any, tiny_folder: Path, tmp_
 
 def test_a_table_for_people(command: Any, tiny_folder: Path, monkeypatch: Any) -> None:  # noqa: F811
     monkeypatch.setenv("COLUMNS", "100")
-    lengths = ",".join(str(n) for n in range(2, 18))
+    lengths = ",".join("2345" * 4)
     for given in ("6", lengths):
         code, out, err = command("plan", tiny_folder, "--length", given, "--k", 2)
         assert (code, err) == (0, "")
@@ -153,6 +153,19 @@ def test_layers_that_cannot_be_timed_leave_the_passes(
         assert "cannot be timed" in report["basis"]
 
 
+def test_layers_larger_than_the_memory_are_not_built(
+    planned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elm_lanczos import planning
+
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 2**30)
+    monkeypatch.setattr(planning, "shared_layer_model", None)
+    # A layer of Mixtral 8x7B has 1.4 billion parameters.
+    report = planned("mixtral", "--random", "--length", "8", "--k", 2)
+    assert report["total"]["seconds"] is None
+    assert "one takes about 5.4 GiB, and 1.0 GiB are free" in report["basis"]
+
+
 def test_mistakes_get_one_clear_line(command: Any, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "config.json").write_text('{"model_type": "llama", ')
     (tmp_path / "odd").mkdir()
@@ -184,7 +197,6 @@ def test_mistakes_get_one_clear_line(command: Any, tiny_folder: Path, tmp_path: 
         ([tmp_path / "gpt2", "--length", "17"], 1, "does not run on this input"),
         ([tmp_path / "nowhere", "--length", "8"], 1, "was not found"),
         (["--random", "--length", "8"], 2, "--random needs a model type"),
-        (["lama", "--random", "--length", "8"], 1, "did you mean 'llama'?"),
         (["vit", "--random", "--length", "8"], 1, "no model can be built from vit"),
         ([tmp_path / "odd", "--random", "--text", "a"], 2, "no tokenizer"),
         ([tmp_path / "config.json", "--random", "--length", "8"], 1, "cannot be used"),
@@ -225,7 +237,7 @@ def test_the_forecast_of_several_prompts_adds_up() -> None:
     json.dumps(whole.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("method", ["lanczos", "stream", "dense"])
+@pytest.mark.parametrize("method", ["stream", "dense"])
 def test_run_says_once_that_dense_would_be_faster(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -240,7 +252,7 @@ def test_run_says_once_that_dense_would_be_faster(
     monkeypatch.setattr(module, "faster_dense", hint)
     (tmp_path / "p.txt").write_text("peace and security\n\nthe Soviet Union\n")
     out, listener = tmp_path / "r.zarr", Listener()
-    options = {"seq_file": str(tmp_path / "p.txt"), "k": 4, "generate": 2, "method": method}
+    options = {"seq_file": str(tmp_path / "p.txt"), "k": 4, "method": method}
     config = RunConfig(model=str(tiny_folder), out=str(out), **options)  # type: ignore[arg-type]
     run(config, listener)
     said = [] if method == "dense" else ["dense is faster"]
