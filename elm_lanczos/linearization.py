@@ -301,8 +301,9 @@ class Linearization:
             for segment in segments:
                 with self._freezing(segment.name):
                     h = segment.function(linear(h)).detach()
-        for part in reversed(maps):
-            u = part.vjp(u)
+        with self.model.arithmetic():
+            for part in reversed(maps):
+                u = part.vjp(u)
         return h, u
 
     def _linearized(self, segment: Segment) -> LinearMap:

@@ -102,7 +102,7 @@ class DetachedModel:
         self.dtype: torch.dtype = hf_model.dtype
         self.compute_dtype = _compute_dtype(compute_dtype, self.dtype)
         self.storage = Storage(hf_model, self.layers)
-        self.precision = _usable_precision(precision, self.device, self.compute_dtype)
+        self.precision = usable_precision(precision, self.device, self.compute_dtype)
         _refuse_weights_that_are_not_finite(self.storage)
 
     @classmethod
@@ -487,8 +487,20 @@ class DetachedModel:
         return list({id(config): config for config in held if config is not None}.values())
 
 
-def _usable_precision(name: str, device: torch.device, compute_dtype: torch.dtype) -> str:
-    """A precision of matrix products, if there is such a one where and in what is computed."""
+def usable_precision(name: str, device: torch.device, compute_dtype: torch.dtype) -> str:
+    """Returns a precision of matrix products that there is where and in what is computed.
+
+    Args:
+        name: 'ieee' or 'tf32'.
+        device: where is computed.
+        compute_dtype: what is computed in.
+
+    Returns:
+        The name.
+
+    Raises:
+        UsageError: if there is no such precision there.
+    """
     if name not in ("ieee", "tf32"):
         raise UsageError(f"precision is 'ieee' or 'tf32', not {name!r}")
     if name == "tf32" and (device.type != "cuda" or compute_dtype != torch.float32):

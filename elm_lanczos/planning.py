@@ -15,10 +15,10 @@ import torch
 
 from elm_lanczos.architectures import full_config
 from elm_lanczos.config import PlanConfig, select_tokens
-from elm_lanczos.errors import ElmLanczosError, UsageError, first_line
+from elm_lanczos.errors import ModelError, UsageError, first_line
 from elm_lanczos.linearization import Linearization
-from elm_lanczos.memory import free_bytes
-from elm_lanczos.model import DetachedModel, auto_class, usable_device
+from elm_lanczos.memory import free_bytes, size
+from elm_lanczos.model import DetachedModel, auto_class, usable_device, usable_precision
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import read_prompts
 from elm_lanczos.shared_layer import VOCABULARY, shared_layer_model
@@ -166,7 +166,7 @@ def _requests(config: PlanConfig, model: DetachedModel | None) -> list[tuple[str
             lengths = [int(part) for part in config.length.split(",")]
         except ValueError:
             lengths = []
-        if not lengths or min(lengths) < 1:
+        if not lengths or not all(0 < length < 2**31 for length in lengths):
             raise UsageError(f"--length {config.length!r}: give numbers of tokens, as in 128,2048")
         return [(f"{length} tokens", length) for length in lengths]
     if model is None:
@@ -227,8 +227,15 @@ def _of_shape(config: PlanConfig) -> Forecast:
         source = AutoConfig.for_model(source)
     device = usable_device(config.device or "cpu")
     dtype = getattr(torch, config.compute_dtype or "float32")
-    with torch.device("meta"):
-        parameters = sum(w.numel() for w in auto_class(source).from_config(source).parameters())
+    usable_precision(config.precision, device, dtype)
+    try:
+        with torch.device("meta"):
+            shape = auto_class(source).from_config(source)
+        parameters = sum(weight.numel() for weight in shape.parameters())
+    except Exception as error:  # modelling code raises anything where a configuration is wrong
+        raise ModelError(
+            f"no model can be built from {config.model}: {first_line(error)}"
+        ) from error
     text = source.get_text_config(decoder=True)
     depth, width = text.num_hidden_layers, text.hidden_size
     memory = config.memory or free_bytes(device) // 2
@@ -237,8 +244,13 @@ def _of_shape(config: PlanConfig) -> Forecast:
     for name, length in requests:
         n = len(select_tokens(config.tokens, length))
         try:
+            # Filled with random weights, it would be the system that ends the process.
+            if (layer := parameters // depth * dtype.itemsize) > (free := free_bytes(device)) // 2:
+                raise MemoryError(f"one takes about {size(layer)}, and {size(free)} are free")
             timed = _timed_layers(source, length, device, dtype, config)
-        except (ElmLanczosError, RuntimeError, ValueError, MemoryError) as error:
+        except UsageError:
+            raise
+        except Exception as error:  # layers that cannot be shared, or run with so little else
             timed = None
             basis = f"no seconds: layers of this shape cannot be timed here ({first_line(error)})"
         block = timed.block if timed else 64
@@ -289,7 +301,8 @@ def _timed_layers(
     layers, flops = decoder.layers, {}
     for depth_run in range(max(1, few - 1), few + 1):
         decoder.layers = layers[:depth_run]
-        lin = DetachedModel(model.hf_model).linearize(ids, block=block, memory=config.memory)
+        shorter = DetachedModel(model.hf_model, gate=config.gate, precision=config.precision)
+        lin = shorter.linearize(ids, block=block, memory=config.memory)
         flops[depth_run] = _flops(lin)
     rates = time_block(TokenOperators(lin, range(T)))
     per_layer = flops[few] - flops.get(few - 1, 0)

@@ -200,6 +200,7 @@ def algebra_seconds(plan: Plan, n: int, m: int, d: int, device: torch.device) ->
     small = min(m, d)
     streams = stream_count(plan.width, d, plan.tol)
     steps = lanczos_steps(plan.k, small, plan.tol)
+    basis = min(small, max(plan.k + 1, min(plan.basis, steps)))
     # Fixed numbers of streams and steps, as predicted, whatever the stand-ins would need.
     fixed = replace(
         plan,
@@ -211,7 +212,7 @@ def algebra_seconds(plan: Plan, n: int, m: int, d: int, device: torch.device) ->
         panel=2**62,
         max_streams=streams,
         max_restarts=0,
-        basis=max(plan.k + 1, min(plan.basis, steps)) if plan.method == "lanczos" else plan.basis,
+        basis=basis if plan.method == "lanczos" else plan.basis,
         scratch=None,
         seed=0,
     )
