@@ -102,7 +102,7 @@ def run_config(file: Path | None, given: dict[str, Any], kind: type[Options]) ->
     Raises:
         UsageError: if a key is unknown (the nearest is named) or a value cannot be used.
     """
-    options = _read_yaml(file) if file is not None else {}
+    options = _read_yaml(file, kind) if file is not None else {}
     given = {key: value for key, value in given.items() if value is not None}
     sources = ("text", "seq_file", "length")
     if given.keys() & set(sources):  # one source given replaces the other in the file
@@ -132,7 +132,7 @@ def validated(kind: type[Config], options: dict[str, Any]) -> Config:
         raise UsageError(_explain(error)) from error
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(file: Path, kind: type[RunConfig]) -> dict[str, Any]:
     try:
         options = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -148,7 +148,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise UsageError(f"config {file} must be a list of `key: value` lines")
     options = {str(key).replace("-", "_"): value for key, value in options.items()}
     for key in options:
-        if key not in RunConfig.model_fields:
+        if key not in kind.model_fields:
             raise UsageError(f"config {file}: unknown key {key!r}{nearest(key)}")
     return options
 

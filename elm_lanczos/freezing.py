@@ -47,24 +47,27 @@ class Kind(enum.IntEnum):
 
 
 class Scaled(NamedTuple):
-    """The factors of a `LINEAR` tensor `x · a`, elementwise, and their versions when it was made.
+    """The factors of one `LINEAR` tensor `x · a`, elementwise, and what all three were like then.
 
-    In-place changes count up a tensor's version, after which it is not the factor any more.
+    A mark may be passed on to what is made of a tensor, which is not that product any more; and
+    in-place changes, which count up a tensor's version, make it another one.
     """
 
     x: Tensor
     coefficient: Tensor
-    versions: tuple[int, int]
+    product: int
+    versions: tuple[int, int, int]
 
     @classmethod
-    def of(cls, x: Tensor, coefficient: Tensor) -> Scaled:
-        """Returns the two factors as they are now."""
-        return cls(x, coefficient, (x._version, coefficient._version))
+    def of(cls, x: Tensor, coefficient: Tensor, product: Tensor) -> Scaled:
+        """Returns the factors of a product as they are now."""
+        versions = (x._version, coefficient._version, product._version)
+        return cls(x, coefficient, id(product), versions)
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether neither factor has been changed in place since."""
-        return self.versions == (self.x._version, self.coefficient._version)
+    def holds_for(self, tensor: Tensor) -> bool:
+        """Whether a tensor is that very product, and it and its factors are what they were."""
+        now = (self.x._version, self.coefficient._version, tensor._version)
+        return self.product == id(tensor) and self.versions == now
 
 
 class Mark(NamedTuple):

@@ -420,19 +420,13 @@ class DetachedModel:
     def arithmetic(self) -> Iterator[None]:
         """Lets float32 matrix products and convolutions have the model's precision, and no other.
 
+        As torch keeps it for the whole process, one thread at a time can be here; others wait.
+
         Yields:
             Nothing.
         """
-        products = torch.get_float32_matmul_precision()
-        convolutions = torch.backends.cudnn.allow_tf32
-        tf32 = self.precision == "tf32"
-        try:
-            torch.set_float32_matmul_precision("high" if tf32 else "highest")
-            torch.backends.cudnn.allow_tf32 = tf32
+        with _PATCHING, _float32_products(tf32=self.precision == "tf32"):
             yield
-        finally:
-            torch.set_float32_matmul_precision(products)
-            torch.backends.cudnn.allow_tf32 = convolutions
 
     @contextlib.contextmanager
     def unfrozen(self) -> Iterator[None]:
@@ -485,6 +479,33 @@ class DetachedModel:
         """Every config object that some module of the model holds."""
         held = (getattr(module, "config", None) for module in self.hf_model.modules())
         return list({id(config): config for config in held if config is not None}.values())
+
+
+@contextlib.contextmanager
+def _float32_products(*, tf32: bool) -> Iterator[None]:
+    """Sets the precision of float32 products for the process, and puts back what it was."""
+    try:
+        products = torch.get_float32_matmul_precision()
+        convolutions = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # somebody has used torch's newer settings, which exclude the older ones
+        backends: Any = torch.backends
+        newer = [backends.cuda.matmul, backends.cudnn.conv]
+        kept = [setting.fp32_precision for setting in newer]
+        try:
+            for setting in newer:
+                setting.fp32_precision = "tf32" if tf32 else "ieee"
+            yield
+        finally:
+            for setting, name in zip(newer, kept, strict=True):
+                setting.fp32_precision = name
+        return
+    try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def usable_precision(name: str, device: torch.device, compute_dtype: torch.dtype) -> str:

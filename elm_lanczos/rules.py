@@ -196,10 +196,11 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
         func = _out_of_place(mode, func) if frozen == 0 and is_in_place(func) else func
         args = tuple(mode.freeze(a) if i == frozen else a for i, a in enumerate(args))
         kinds[frozen] = Kind.FROZEN
-    given, scaled = args, None
+    given, factors = args, None
     if multiplies and Kind.LINEAR in kinds and not is_in_place(func) and not kwargs:
-        args, scaled = _merged(mode, args, kinds, shape)
+        args, factors = _merged(mode, args, kinds, shape)
     result = mode.call(func, args, kwargs)
+    scaled = None if factors is None else Scaled.of(*factors, result)
     if kinds.count(Kind.LINEAR) == 1 and Kind.NONLINEAR not in kinds:
         by_constant = multiplies and kinds.count(None) == 1 and any(activated)
         gate = by_constant or (root is not None and frozen is not None)
@@ -221,7 +222,7 @@ def product(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _merged(
     mode: Freezing, args: Any, kinds: list[Kind | None], shape: Tensor
-) -> tuple[Any, Scaled | None]:
+) -> tuple[Any, tuple[Tensor, Tensor] | None]:
     """Turns `(x · a) · b` into `x · (a b)`, so that every later pass multiplies once.
 
     Norms multiply by a scale per token and then by a weight per channel.
@@ -233,7 +234,7 @@ def _merged(
         shape: a tensor of the product's shape.
 
     Returns:
-        The factors to multiply instead, and what the product will be of them; None if it is not a
+        The factors to multiply instead, and again as (x, coefficient); None if the product is not a
         multiple of a linear tensor of its own shape.
     """
     linear = kinds.index(Kind.LINEAR)
@@ -245,10 +246,10 @@ def _merged(
     coefficient = mode.raise_precision(coefficient)
     mark = mark_of(x)
     earlier = mark.scaled if mark is not None else None
-    if earlier is not None and earlier.unchanged:
+    if earlier is not None and earlier.holds_for(x):
         x, coefficient = earlier.x, earlier.coefficient * coefficient
         args = (x, coefficient) if linear == 0 else (coefficient, x)
-    return args, Scaled.of(x, coefficient)
+    return args, (x, coefficient)
 
 
 def _of_three(marks: list[Mark | None]) -> bool:

@@ -368,15 +368,21 @@ def _prepare(
     if length in groups:
         stored: Any = groups[length].plan
         chain = stored["chain"]
-        lin = model.linearize(prediction.ids, block=chain["block"], keep=chain["keep"])
-        return groups[length], lin, replace(Plan(**stored["svd"]), scratch=config.scratch)
+        options = {name: chain[name] for name in ("block", "keep", "narrow")}
+        lin = model.linearize(prediction.ids, **options)
+        plan = Plan(**stored["svd"])
+        if plan.scratch is not None and config.scratch is None:
+            raise UsageError("this run keeps rows in a scratch file: add --scratch FOLDER")
+        if plan.scratch is not None:
+            plan = replace(plan, scratch=config.scratch)
+        return groups[length], lin, plan
     memory = _resources(store)["memory"]
     lin = model.linearize(prediction.ids, block=config.batch, memory=memory)
     tokens = select_tokens(config.tokens, length)
     plan = _plan(lin, config, tokens, number, prediction.continuation)
     if number == prediction.continuation == 0 and (line := _hint(lin, config, tokens, plan)):
         observer.note(line)
-    chain = {"block": lin.block, "keep": lin.keep}
+    chain = {"block": lin.block, "keep": lin.keep, "narrow": lin.narrowed}
     header = _header(model, config, prediction, lin, tokens, {"svd": asdict(plan), "chain": chain})
     if prediction.continuation == 0:
         groups[length] = store.create_prompt(header)

@@ -189,6 +189,36 @@ def test_scales_are_merged_unless_a_factor_changed_in_between() -> None:
     assert count.calls == 1
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.functional.silu,
+        torch.relu,
+        lambda y: torch.relu_(y),
+        lambda y: nn.functional.relu(y, inplace=True),
+        lambda y: y.clamp(-0.5, 0.5),
+        lambda y: y.clamp_(-0.5, 0.5),
+        lambda y: y + 1.0,
+        lambda y: y.add_(1.0),
+        lambda y: y.roll(1, 1),
+        lambda y: y.transpose(0, 1),
+        lambda y: y.neg(),
+        lambda y: y.masked_fill(torch.arange(8) > 3, 0.0),
+    ],
+)
+def test_what_is_between_two_scales_is_not_merged_away(between) -> None:  # type: ignore[no-untyped-def]
+    a, b = torch.rand(2, 8, dtype=F64) + 0.5
+    x = torch.randn(1, 5, 8, dtype=F64)
+
+    def case(h: Tensor) -> Tensor:
+        return between(h * a) * b
+
+    expected = case(x)
+    assert torch.allclose(run(case, x), expected, rtol=1e-14)
+    plain = (x * a) * b
+    assert expected.shape != plain.shape or not torch.allclose(expected, plain, rtol=1e-3)
+
+
 class Counter(TorchDispatchMode):
     """Counts the calls of one operation."""
 

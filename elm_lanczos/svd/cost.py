@@ -207,6 +207,8 @@ def algebra_seconds(plan: Plan, n: int, m: int, d: int, device: torch.device) ->
         # A few streams of rows do what block Krylov iteration on as many matrices does.
         method="stream" if plan.method == "dense" and plan.solver == "krylov" else plan.method,
         memory=0,
+        passes={},
+        bytes={},
         reason="",
         tol=0.0,
         panel=2**62,

@@ -81,7 +81,9 @@ def _solve(batch: OperatorBatch, plan: Plan, index: Tensor, J: Tensor) -> SVDRes
     if plan.solver == "krylov":
         labels = [batch.labels[i] for i in index.tolist()]
         inputs = None if batch.inputs is None else batch.inputs[index]
-        result = _by_krylov(StackedOperators(J, labels, inputs), plan, J)
+        stacked = StackedOperators(J, labels, inputs)
+        stacked.precision = batch.precision
+        result = _by_krylov(stacked, plan, J)
         if result is not None:
             return result
     return _by_svd(batch, plan, index, J)

@@ -53,7 +53,8 @@ def power_of_two_scale(samples: Tensor) -> Tensor:
         (a,); 1 where every entry is 0.
     """
     largest = samples.abs().flatten(1).amax(1)
-    exponent = torch.frexp(largest).exponent.clamp(-120, 120)
+    most = 120 if samples.dtype == torch.float32 else 1000
+    exponent = torch.frexp(largest).exponent.clamp(-most, most)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
     return torch.where(largest == 0, 1.0, scale)
 

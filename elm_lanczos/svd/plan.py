@@ -150,12 +150,12 @@ def make_plan(
     width = min(small, max(2 * k + 32, small // 32))
     steps, streams = lanczos_steps(k, small, tol), stream_count(width, d, tol)
     lanczos_basis = min(small, 3 * k + 24)
-    stream_basis = min(d, 8 * width)
+    stream_basis = min(d, (streams + 2) * width)
 
     # Bytes an operator's state takes: bases and the vectors that are being made. Lanczos keeps the
     # products too, and both twice while operators that have finished are taken out.
     lanczos_bytes = (4 * (lanczos_basis + BLOCK) + 8 * k + 8) * (m + d) * item
-    stream_bytes = min(d, streams * width) * (2 * m + 2 * d) * item
+    stream_bytes = stream_basis * (2 * m + 2 * d) * item
     dense_bytes = m * d * item
     cotangents = _cotangent_block(vectors, m, memory // (8 * n * d * item))
     rows_bytes = 2 * cotangents * n * d * item

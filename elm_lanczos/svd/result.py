@@ -183,6 +183,8 @@ def assemble(
     units = torch.where(found.n_reseeds > 0, max(BREAKDOWN, least), least).double()
     rounding = units.to(found.S.device) * torch.finfo(dtype).eps * found.S[:, 0]
     bound = error_bounds(found.S, found.residual, found.following).maximum(rounding[:, None])
+    if batch.precision == "tf32":  # residuals are made of such products too
+        bound = bound.maximum(TF32_TOL * found.S[:, :1])
     unseen = found.unseen[:, None]
     above_next = found.S - found.following[:, None]
     vague = (unseen > 0) & (torch.minimum(above_next, found.S / 2) <= unseen)

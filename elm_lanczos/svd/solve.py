@@ -126,13 +126,21 @@ def solve(
     index = [torch.tensor(list(group), dtype=torch.int64) for group in groups]
     if plan.method == "lanczos":
         for position, group in enumerate(index):
-            parts = [lanczos(batch, plan, part, count) for part in group.split(plan.panel)]
-            yield position, SVDResult.concatenate(parts)
+            solved = [lanczos(batch, plan, part, count) for part in group.split(plan.panel)]
+            yield position, SVDResult.concatenate(solved)
         return
     by_rows = {"stream": stream, "dense": dense}[plan.method]
-    for panel in _panels(index, plan.panel):
-        for position, result in by_rows(batch, plan, [index[i] for i in panel], count):
-            yield panel[position], result
+    # A group that is more than a panel is solved in parts, whatever the other groups.
+    owners = [i for i, group in enumerate(index) for _ in group.split(plan.panel)]
+    parts = [part for group in index for part in group.split(plan.panel)]
+    found: dict[int, SVDResult] = {}
+    for panel in _panels(parts, plan.panel):
+        for place, result in by_rows(batch, plan, [parts[i] for i in panel], count):
+            found[panel[place]] = result
+            position = owners[panel[place]]
+            whole = [i for i, owner in enumerate(owners) if owner == position]
+            if all(i in found for i in whole):
+                yield position, SVDResult.concatenate([found.pop(i) for i in whole])
 
 
 def as_batch(A: Any, tokens: Sequence[int] | None = None) -> OperatorBatch:

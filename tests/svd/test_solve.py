@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -189,3 +191,39 @@ def test_gradients_are_not_recorded() -> None:
     for method in METHODS:
         assert not svd(matrix, 2, method=method).U.requires_grad
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_larger_than_a_panel_are_solved_in_parts(method: str) -> None:
+    """The store's owners may be larger than what fits the memory."""
+    J = jacobians(7)
+    batch = StackedOperators(J)
+    plan = replace(make_plan(*batch.shape, batch.dtype, 4, method), panel=3)
+    made: list[int] = []
+    found = dict(solve(batch, plan, [[0, 1, 2, 3, 4], [5, 6]], made.append))
+    alone = dict(solve(batch, plan, [[5, 6]]))
+    assert [found[0].tokens, found[1].tokens] == [(0, 1, 2, 3, 4), (5, 6)]
+    assert_same_bits(found[1], alone[0])
+    check_triplets(found[0], J[:5])
+    if method == "dense":
+        assert made[-1] == 3 * 40  # panels of 3, 2 and 2 operators
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+@pytest.mark.parametrize("method", METHODS)
+def test_operators_near_the_ends_of_float64(method: str, scale: float) -> None:
+    """‖A‖_F² is no number there."""
+    matrix = with_spectrum(0.995 ** torch.arange(200.0), 200, 200)
+    result = svd(matrix * scale, 4, method=method)
+    assert result.converged.all() and 20 < result.stable_rank.item() < 200
+    expected = torch.linalg.svdvals(matrix)[:4]
+    torch.testing.assert_close(result.S[0] / scale, expected, rtol=1e-10, atol=0)
+
+
+def test_error_bounds_of_tf32_products_are_no_smaller_than_they_can_be() -> None:
+    batch = StackedOperators(jacobians(1, torch.float32))
+    batch.precision = "tf32"
+    for method in METHODS:
+        result = svd(batch, 4, method=method)
+        assert result.plan.tol == 1e-3
+        assert (result.error_bound >= 1e-3 * result.S[:, :1]).all()
