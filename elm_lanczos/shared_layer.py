@@ -47,6 +47,7 @@ def shared_layer_model(
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     config.vocab_size = VOCABULARY
+    config.pad_token_id = None  # a row of the embedding that there may not be
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype).eval()
     first, *others = model.get_decoder().layers

@@ -30,6 +30,12 @@ def chain(n: int = 4, m: int = 40, d: int = 32) -> ExplicitChain:
     return ExplicitChain(J, torch.ones(n, d).double())
 
 
+def in_blocks_of(vectors: int, lin: ExplicitChain) -> TokenOperators:
+    batch = TokenOperators(lin, range(4))
+    batch.vectors = vectors
+    return batch
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "d"), [(24, 24), (30, 17), (17, 30), (1, 5), (5, 1), (1, 1)])
 def test_stand_ins_are_the_matrices_they_say(m: int, d: int, dtype: torch.dtype) -> None:
@@ -54,16 +60,16 @@ def test_stand_ins_are_the_matrices_they_say(m: int, d: int, dtype: torch.dtype)
 
 def test_rates_count_one_block_and_one_product_of_each_kind() -> None:
     lin = chain()
-    rates = time_block(TokenOperators(lin, range(4)), vectors=8)
+    rates = time_block(in_blocks_of(8, lin))
     # Two timings of 8 rows, 4 JVPs and 4 VJPs.
     assert lin.vectors == 2 * (8 + 4 + 4)
     assert rates.row > 0 and rates.step > 0
     assert rates.times(3.0) == Rates(3 * rates.row, 3 * rates.step)
     lin.vectors = 0
-    rates = time_block(TokenOperators(lin, range(4)), vectors=8, steps=False)
+    rates = time_block(in_blocks_of(8, lin), steps=False)
     assert lin.vectors == 2 * 8 and rates.row > 0 and math.isnan(rates.step)
     lin.vectors = 0
-    time_block(TokenOperators(lin, range(4)), vectors=1000)
+    time_block(in_blocks_of(1000, lin))
     assert lin.vectors == 2 * (40 + 4 + 4)  # no more rows than there are
 
 
@@ -101,7 +107,7 @@ def test_every_shape_can_be_priced(dtype: torch.dtype) -> None:
 
 def test_only_the_methods_asked_for_are_timed() -> None:
     lin = chain()
-    costs = predict(TokenOperators(lin, range(4)), 2, methods=("stream", "dense"), vectors=8)
+    costs = predict(in_blocks_of(8, lin), 2, methods=("stream", "dense"))
     assert set(costs) == {"stream", "dense"}
     assert lin.vectors == 2 * 8  # no JVP, no vectors of single operators
 
