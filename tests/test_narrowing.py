@@ -11,7 +11,7 @@ from elm_lanczos.model import DetachedModel
 
 FAMILIES = (
     "llama qwen3 gemma2 gemma3_text phi3 mixtral deepseek_v3 gpt2 falcon bloom opt gpt_neox mamba "
-    "qwen3_next lfm2 cohere2"
+    "qwen3_next"
 ).split()
 # Mamba has no attention; Falcon and BLOOM add the residual stream inside it.
 NARROWED = set(FAMILIES) - {"mamba", "falcon", "bloom"}
