@@ -304,14 +304,14 @@ class Linearization:
 
     def _end(self, segments: tuple[Segment, ...], u: Tensor) -> tuple[Tensor, Tensor]:
         """The value (1, 1, m) at the end of some segments, and Jᵀu at their beginning."""
-        maps, h = [self._linearized(segment) for segment in segments], segments[0].input
+        h = segments[0].input
         with torch.no_grad(), self.model.frozen():
             for segment in segments:
                 with self._freezing(segment.name):
                     h = segment.function(linear(h)).detach()
         with self.model.arithmetic():
-            for part in reversed(maps):
-                u = part.vjp(u)
+            for segment in reversed(segments):  # linearised one at a time
+                u = self._linearized(segment).vjp(u)
         return h, u
 
     def _linearized(self, segment: Segment) -> LinearMap:
