@@ -8,6 +8,7 @@ coefficient, and without it computes ordinary attention.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -306,11 +307,13 @@ def at_position(
     one = _OnePosition(position, length)
     token = _ONE_POSITION.set(one)
     try:
-        everywhere()
-    except _Attended:
-        out = there()
-        if one.taken:
-            return out
+        # Not inside `except`, where the first run and all it holds would still be alive.
+        with contextlib.suppress(_Attended):
+            everywhere()
+        if one.output is not None:
+            out = there()
+            if one.taken:
+                return out
     finally:
         _ONE_POSITION.reset(token)
     raise NotOneAttentionError

@@ -47,6 +47,9 @@ from elm_lanczos.svd.solve import solve
 FINISHED = "finished"
 """The attribute of a group whose work is complete."""
 
+_WORTH_SECONDS = 1.0
+"""Nobody chooses another method to save less than this on a prompt."""
+
 RUNNERS_UP = 5
 """Predicted tokens that are stored beside the best one, itself included."""
 
@@ -445,7 +448,10 @@ def _hint(lin: Linearization, config: RunConfig, tokens: Sequence[int], plan: Pl
         memory=lin.memory,
         methods=(plan.method, "dense"),
     )
-    return faster_dense(costs[plan.method], costs["dense"])
+    chosen = costs[plan.method]
+    if chosen.seconds is not None and chosen.seconds < _WORTH_SECONDS:
+        return None
+    return faster_dense(chosen, costs["dense"])
 
 
 def _header(

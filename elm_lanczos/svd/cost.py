@@ -26,8 +26,6 @@ from elm_lanczos.svd.solve import solve
 _STAND_IN_ENTRIES, _MOST_STAND_INS = 2**23, 8
 # A block that is done sooner is timed again, as its first run also linearises.
 _SHORT_SECONDS = 5.0
-# Nobody chooses another method for less.
-_WORTH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def predict(
 
 
 def faster_dense(chosen: Cost, dense: Cost) -> str | None:
-    """One line saying that `dense` would be at least twice as fast, if it would save a second.
+    """One line saying that `dense` would be at least twice as fast, if it would.
 
     Args:
         chosen: The cost of the method chosen.
@@ -114,10 +112,7 @@ def faster_dense(chosen: Cost, dense: Cost) -> str | None:
     Returns:
         The line, or None.
     """
-    if chosen.seconds is None or dense.seconds is None:
-        return None
-    saved = chosen.seconds - dense.seconds
-    if saved < dense.seconds or saved < _WORTH_SECONDS:
+    if chosen.seconds is None or dense.seconds is None or chosen.seconds < 2 * dense.seconds:
         return None
     return (
         f"--method dense would take about {duration(dense.seconds)} instead of "
