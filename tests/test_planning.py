@@ -250,6 +250,7 @@ def test_run_says_once_that_dense_would_be_faster(
         return "dense is faster"
 
     monkeypatch.setattr(module, "faster_dense", hint)
+    monkeypatch.setattr(module, "_WORTH_SECONDS", 0.0)  # of a tiny model no prompt takes long
     (tmp_path / "p.txt").write_text("peace and security\n\nthe Soviet Union\n")
     out, listener = tmp_path / "r.zarr", Listener()
     options = {"seq_file": str(tmp_path / "p.txt"), "k": 4, "method": method}
