@@ -309,9 +309,8 @@ class Linearization:
             for segment in segments:
                 with self._freezing(segment.name):
                     h = segment.function(linear(h)).detach()
-        with self.model.arithmetic():
-            for segment in reversed(segments):  # linearised one at a time
-                u = self._linearized(segment).vjp(u)
+        for segment in reversed(segments):  # linearised one at a time
+            u = self._linearized(segment).vjp(u)
         return h, u
 
     def _linearized(self, segment: Segment) -> LinearMap:

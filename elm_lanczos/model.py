@@ -420,7 +420,8 @@ class DetachedModel:
     def arithmetic(self) -> Iterator[None]:
         """Lets float32 matrix products and convolutions have the model's precision, and no other.
 
-        As torch keeps it for the whole process, one thread at a time can be here; others wait.
+        As torch keeps it for the whole process, one thread at a time can be here; others wait. So
+        they do for `frozen` and `unfrozen`, which compute like this.
 
         Yields:
             Nothing.
@@ -436,8 +437,7 @@ class DetachedModel:
             Nothing.
         """
         kept, raised = _state_kept(self.hf_model), self.storage.plain(self.compute_dtype)
-        evaluation = evaluating(self.hf_model)
-        with _PATCHING, self.arithmetic(), kept, evaluation, raised, torch.no_grad():
+        with self.arithmetic(), kept, evaluating(self.hf_model), raised, torch.no_grad():
             yield
 
     @contextlib.contextmanager
@@ -452,7 +452,7 @@ class DetachedModel:
         Yields:
             Nothing.
         """
-        with _PATCHING, self.arithmetic():
+        with self.arithmetic():
             register_attention()
             wanted = {
                 "_attn_implementation_internal": IMPLEMENTATION,

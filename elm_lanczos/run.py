@@ -40,9 +40,9 @@ from elm_lanczos.store import (
 )
 from elm_lanczos.store.provenance import package_versions
 from elm_lanczos.svd.cost import faster_dense, predict
-from elm_lanczos.svd.plan import Plan, make_plan
+from elm_lanczos.svd.plan import Plan
 from elm_lanczos.svd.result import SVDResult
-from elm_lanczos.svd.solve import solve
+from elm_lanczos.svd.solve import plan_for, solve
 
 FINISHED = "finished"
 """The attribute of a group whose work is complete."""
@@ -382,8 +382,9 @@ def _prepare(
     memory = _resources(store)["memory"]
     lin = model.linearize(prediction.ids, block=config.batch, memory=memory)
     tokens = select_tokens(config.tokens, length)
-    plan = _plan(lin, config, tokens, number, prediction.continuation)
-    if number == prediction.continuation == 0 and (line := _hint(lin, config, tokens, plan)):
+    batch = TokenOperators(lin, tokens)
+    plan = _plan(batch, lin.memory, config, number, prediction.continuation)
+    if number == prediction.continuation == 0 and (line := _hint(batch, config, plan)):
         observer.note(line)
     chain = {"block": lin.block, "keep": lin.keep, "narrow": lin.narrowed}
     header = _header(model, config, prediction, lin, tokens, {"svd": asdict(plan), "chain": chain})
@@ -414,40 +415,19 @@ def _write_triplets(
         group.commit(pending[which])
 
 
-def _plan(
-    lin: Linearization, config: RunConfig, tokens: Sequence[int], number: int, step: int
-) -> Plan:
+def _plan(batch: TokenOperators, memory: int, config: RunConfig, number: int, step: int) -> Plan:
     """The plan of one linear system; its seed depends on the run's, the prompt and the step."""
-    _, m, d = lin.shape
     seed = int(np.random.SeedSequence([config.seed, number, step]).generate_state(1)[0])
-    return make_plan(
-        len(tokens),
-        m,
-        d,
-        lin.output.dtype,
-        config.k,
-        config.method,
-        config.tol,
-        seed,
-        lin.memory,
-        vectors=lin.block,
-        scratch=config.scratch,
-        precision=lin.precision,
-    )
+    options = (config.k, config.method, config.tol, seed, memory)
+    return plan_for(batch, *options, scratch=config.scratch)
 
 
-def _hint(lin: Linearization, config: RunConfig, tokens: Sequence[int], plan: Plan) -> str | None:
+def _hint(batch: TokenOperators, config: RunConfig, plan: Plan) -> str | None:
     """One line where explicit Jacobians would be at least twice as fast, from a timed block."""
     if plan.method == "dense" or plan.passes[plan.method] < 2 * plan.passes["dense"]:
         return None
-    batch = TokenOperators(lin, tokens)
-    costs = predict(
-        batch,
-        config.k,
-        tol=config.tol,
-        memory=lin.memory,
-        methods=(plan.method, "dense"),
-    )
+    methods = (plan.method, "dense")
+    costs = predict(batch, config.k, tol=config.tol, memory=plan.memory, methods=methods)
     chosen = costs[plan.method]
     if chosen.seconds is not None and chosen.seconds < _WORTH_SECONDS:
         return None

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from elm_lanczos.memory import duration, size
 from elm_lanczos.operators import OperatorBatch
-from elm_lanczos.svd.plan import GROUP, METHODS, Plan, lanczos_steps, make_plan, stream_count
-from elm_lanczos.svd.solve import solve
+from elm_lanczos.svd.plan import GROUP, METHODS, Plan, lanczos_steps, stream_count
+from elm_lanczos.svd.solve import plan_for, solve
 
 # Stand-ins: enough for batched products to be as fast as in a whole group, few where they are wide.
 _STAND_IN_ENTRIES, _MOST_STAND_INS = 2**23, 8
@@ -85,16 +85,8 @@ def predict(
         The cost of each of the methods.
     """
     plans = {
-        method: make_plan(
-            *batch.shape,
-            batch.dtype,
-            k,
-            method,
-            tol,
-            memory=memory,
-            scratch=scratch if method == "dense" else None,
-            vectors=batch.vectors,
-            precision=batch.precision,
+        method: plan_for(
+            batch, k, method, tol, memory=memory, scratch=scratch if method == "dense" else None
         )
         for method in methods
     }

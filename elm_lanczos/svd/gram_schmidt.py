@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elm_lanczos.errors import first_line
+
 SOURCE = "gram_schmidt.cu"
 LANES = 32
 # Thread blocks of a cluster: the most that every device with clusters grants.
@@ -329,7 +331,7 @@ def _module(width: int, vector_bytes: int, vectors: int, device: int) -> dict[st
                 kernels[name].max_dynamic_shared_size_bytes = shared
                 kernels[name].preferred_shared_memory_carveout = 100
     except Exception as error:  # of CuPy, NVRTC, the driver: torch does the same work
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error) or type(error).__name__
         warnings.warn(
             f"Gram–Schmidt runs in torch: its CUDA kernel does not compile ({reason})",
             RuntimeWarning,

@@ -166,19 +166,22 @@ def make_plan(
     def panel(state: int) -> int:
         return max(1, min(n, room // state))
 
-    kept_bytes = 0 if scratch is not None else dense_bytes
-    rows_panel = max(1, min(n, (room - solved_bytes) // dense_bytes)) if kept_bytes else n
-
+    in_memory = scratch is None
+    panels = {
+        "lanczos": panel(lanczos_bytes),
+        "stream": panel(stream_bytes),
+        "dense": max(1, min(n, (room - solved_bytes) // dense_bytes)) if in_memory else n,
+    }
+    lockstep, several, stored = min(GROUP, panels["lanczos"]), panels["stream"], panels["dense"]
     passes = {
-        "lanczos": n * 2 * steps + PROBES * math.ceil(n / min(GROUP, panel(lanczos_bytes))),
-        "stream": math.ceil(n / panel(stream_bytes))
-        * _stream_passes(panel(stream_bytes), m, d, width, k, tol),
-        "dense": math.ceil(n / rows_panel) * m,
+        "lanczos": n * 2 * steps + PROBES * math.ceil(n / lockstep),
+        "stream": math.ceil(n / several) * _stream_passes(several, m, d, width, k, tol),
+        "dense": math.ceil(n / stored) * m,
     }
     needed = {
-        "lanczos": min(GROUP, panel(lanczos_bytes)) * lanczos_bytes + rows_bytes,
-        "stream": panel(stream_bytes) * stream_bytes + rows_bytes,
-        "dense": rows_panel * kept_bytes + solved_bytes + rows_bytes,
+        "lanczos": lockstep * lanczos_bytes + rows_bytes,
+        "stream": several * stream_bytes + rows_bytes,
+        "dense": stored * dense_bytes * in_memory + solved_bytes + rows_bytes,
     }
     if method == "auto":
         # Where each operator has vectors of its own, few operators leave the blocks almost empty.
@@ -194,11 +197,6 @@ def make_plan(
             reason += f", which makes only {at_a_time} at a time"
     else:
         chosen, reason = method, f"{method}: asked for"
-    panels = {
-        "lanczos": panel(lanczos_bytes),
-        "stream": panel(stream_bytes),
-        "dense": rows_panel,
-    }
     return Plan(
         method=chosen,
         k=k,

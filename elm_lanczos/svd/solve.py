@@ -66,18 +66,7 @@ def svd(
         ValueError: Where A is no operator.
     """
     batch = as_batch(A, tokens)
-    plan = plan or make_plan(
-        *batch.shape,
-        batch.dtype,
-        k,
-        method,
-        tol,
-        seed,
-        memory,
-        vectors=batch.vectors,
-        scratch=scratch,
-        precision=batch.precision,
-    )
+    plan = plan or plan_for(batch, k, method, tol, seed, memory, scratch=scratch)
     n, size = batch.shape[0], min(GROUP, plan.panel)
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
     made = 0
@@ -91,6 +80,44 @@ def svd(
     results = dict(solve(batch, plan, groups, count))
     whole = SVDResult.concatenate([results[position] for position in range(len(groups))])
     return replace(whole, passes=made)
+
+
+def plan_for(
+    batch: OperatorBatch,
+    k: int,
+    method: str = "auto",
+    tol: float | None = None,
+    seed: int = 0,
+    memory: int | None = None,
+    *,
+    scratch: str | None = None,
+) -> Plan:
+    """Resolve the options of `svd` for a batch; everything else is the batch's own.
+
+    Args:
+        batch: The operators.
+        k: See `make_plan`, as for the rest.
+        method: See there.
+        tol: See there.
+        seed: See there.
+        memory: See there.
+        scratch: See there.
+
+    Returns:
+        The plan.
+    """
+    return make_plan(
+        *batch.shape,
+        batch.dtype,
+        k,
+        method,
+        tol,
+        seed,
+        memory,
+        vectors=batch.vectors,
+        scratch=scratch,
+        precision=batch.precision,
+    )
 
 
 @torch.no_grad()
@@ -131,16 +158,16 @@ def solve(
         return
     by_rows = {"stream": stream, "dense": dense}[plan.method]
     # A group that is more than a panel is solved in parts, whatever the other groups.
-    owners = [i for i, group in enumerate(index) for _ in group.split(plan.panel)]
-    parts = [part for group in index for part in group.split(plan.panel)]
-    found: dict[int, SVDResult] = {}
-    for panel in _panels(parts, plan.panel):
-        for place, result in by_rows(batch, plan, [parts[i] for i in panel], count):
-            found[panel[place]] = result
-            position = owners[panel[place]]
-            whole = [i for i, owner in enumerate(owners) if owner == position]
-            if all(i in found for i in whole):
-                yield position, SVDResult.concatenate([found.pop(i) for i in whole])
+    parts = [(i, part) for i, group in enumerate(index) for part in group.split(plan.panel)]
+    found: list[dict[int, SVDResult]] = [{} for _ in index]
+    for panel in _panels([part for _, part in parts], plan.panel):
+        for place, result in by_rows(batch, plan, [parts[i][1] for i in panel], count):
+            position = parts[panel[place]][0]
+            done = found[position]
+            done[panel[place]] = result
+            if sum(len(part.tokens) for part in done.values()) == len(index[position]):
+                yield position, SVDResult.concatenate([done[i] for i in sorted(done)])
+                done.clear()
 
 
 def as_batch(A: Any, tokens: Sequence[int] | None = None) -> OperatorBatch:
