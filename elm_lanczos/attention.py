@@ -9,7 +9,7 @@ coefficient, and without it computes ordinary attention.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elm_lanczos.blockwise import Scores, blockwise_attention
 from elm_lanczos.errors import UnsupportedModelError
+from elm_lanczos.freezing import marks_of
+from elm_lanczos.masks import Mask, registered_mask
+
+EXPLICIT = 2**21
+"""Attention probabilities of a layer, over all heads, up to which they are kept as a matrix."""
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -117,11 +123,25 @@ def is_shared(P: Tensor, V: Tensor) -> bool:
     return same_rank and (lead == other or (other[-1] == 1 and lead[:-1] == other[:-1]))
 
 
+def is_explicit(heads: int, queries: int, keys: int) -> bool:
+    """Whether the probabilities of a layer are few enough to be kept as a matrix.
+
+    Args:
+        heads: attention heads, times sequences.
+        queries: queries T.
+        keys: keys S.
+
+    Returns:
+        False where they are made piece by piece whenever they are needed (see `blockwise`).
+    """
+    return heads * queries * keys <= EXPLICIT
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    masks: Sequence[Tensor | Mask],
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -132,7 +152,8 @@ def attention(
         q: (batch, heads, T, head_dim).
         k: (batch, kv_heads, S, head_dim).
         v: (batch, kv_heads, S, value_dim).
-        mask: (batch | 1, heads | 1, T, S), boolean (True attends) or additive, or None.
+        masks: (batch | 1, heads | 1, T | 1, S | 1) each, boolean (True attends), additive, or only
+            described.
         scaling: factor of the scores.
         softcap: cap `c` of `c · tanh(scores / c)`.
         sinks: (heads,) or (batch, heads, T, 1), logits of the attention sinks.
@@ -142,23 +163,43 @@ def attention(
     """
     batch, heads, T, _ = q.shape
     groups = heads // k.shape[1]
+    if sinks is not None:
+        sinks = sinks.reshape(1, -1, 1, 1) if sinks.ndim == 1 else sinks
+        sinks = sinks.expand(batch, heads, T, 1)
+    if not is_explicit(batch * heads, T, k.shape[2]) and not marks_of(masks):
+        grouped = None if sinks is None else sinks[..., 0].unflatten(1, (-1, groups))
+        how = Scores(scaling, softcap, tuple(_described(mask, T, k.shape[2]) for mask in masks))
+        out = blockwise_attention(q.unflatten(1, (-1, groups)), k, v, how, grouped)
+        return out.flatten(1, 2)
     scores = torch.matmul(q.unflatten(1, (-1, groups)).flatten(2, 3), k.mT) * scaling
     scores = scores.reshape(batch, heads, T, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
+    for mask in masks:
+        mask = mask.whole().to(scores.device) if isinstance(mask, Mask) else mask
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
     if sinks is not None:
-        sinks = sinks.reshape(1, -1, 1, 1) if sinks.ndim == 1 else sinks
-        sinks = sinks.expand(batch, heads, T, 1)
         scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
         P = torch.softmax(scores, dim=-1)[..., :-1]
     else:
         P = torch.softmax(scores, dim=-1)
     P = P.reshape(batch, k.shape[1], groups, T, -1)
     return torch.matmul(P, v[:, :, None]).reshape(batch, heads, T, -1)
+
+
+def _described(mask: Tensor | Mask, T: int, S: int) -> Tensor | Mask:
+    """A boolean tensor as a description of itself; anything else as it is."""
+    if isinstance(mask, Mask) or mask.dtype != torch.bool:
+        return mask
+    seen = mask.expand(*mask.shape[:-2], T, S)
+
+    def piece(query: int, queries: int, key: int, keys: int) -> Tensor:
+        return seen[..., query : query + queries, key : key + keys]
+
+    return Mask((T, S), piece, lambda: seen)
 
 
 IMPLEMENTATION = "elm_lanczos_frozen"
@@ -179,7 +220,7 @@ def _registered_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Mask | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -195,7 +236,7 @@ def _registered_attention(
         query: (batch, heads, T, head_dim).
         key: (batch, kv_heads, S, head_dim).
         value: (batch, kv_heads, S, value_dim).
-        attention_mask: (batch, 1 | heads, T, S), additive.
+        attention_mask: (batch, 1 | heads, T, S), additive, or described.
         scaling: factor of the scores.
         softcap: cap of the scores.
         s_aux: (heads,), logits of attention sinks.
@@ -220,22 +261,19 @@ def _registered_attention(
                 f"{type(module).__name__}: its attention takes {name!r}, for which there is no rule"
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    masks = [] if attention_mask is None else [attention_mask]
     if indices is not None:
-        unseen = torch.ones(
+        seen = torch.zeros(
             (*indices.shape[:2], key.shape[2]), dtype=torch.bool, device=key.device
-        ).scatter(-1, indices.long(), False)
-        lowest = torch.finfo(query.dtype).min
-        scores = torch.zeros((), dtype=query.dtype, device=key.device)
-        start = scores if attention_mask is None else attention_mask
-        attention_mask = start.masked_fill(unseen[:, None], lowest)
+        ).scatter(-1, indices.long(), True)
+        masks.append(seen[:, None])
     if position_bias is not None:
-        bias = position_bias.detach()
-        attention_mask = bias if attention_mask is None else attention_mask + bias
+        masks.append(position_bias.detach())
     sinks = sinks if s_aux is None else s_aux
     if one is not None:
-        attention_mask, sinks = one.row(attention_mask), one.row(sinks)
+        masks, sinks = [one.row(mask) for mask in masks], one.row(sinks)
         query = query[:, :, one.position : one.position + 1]
-    out = attention(query, key, value, attention_mask, scaling, softcap, sinks)
+    out = attention(query, key, value, masks, scaling, softcap, sinks)
     out = out.transpose(1, 2).contiguous()
     if one is not None:
         one.output = out
@@ -267,8 +305,10 @@ class _OnePosition:
     output: Tensor | None = None
     taken: bool = False
 
-    def row(self, x: Tensor | None) -> Tensor | None:
+    def row(self, x: Any) -> Any:
         """The one query of (batch, heads, T, ...); anything with another layout as it is."""
+        if isinstance(x, Mask):
+            return x.row(self.position)
         if x is None or x.ndim != 4 or x.shape[2] != self.length:
             return x
         return x[:, :, self.position : self.position + 1]
@@ -319,16 +359,9 @@ def at_position(
     raise NotOneAttentionError
 
 
-def _registered_mask(*args: Any, **kwargs: Any) -> Any:
-    # additive: also right for models that write their attention out and add the mask themselves
-    from transformers.masking_utils import eager_mask
-
-    return eager_mask(*args, **kwargs)
-
-
 def register_attention() -> None:
     """Adds the frozen attention to transformers' registries, beside the existing ones."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, _registered_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _registered_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, registered_mask)

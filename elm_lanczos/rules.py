@@ -41,6 +41,7 @@ from elm_lanczos.freezing import (
     root_of,
     set_mark,
 )
+from elm_lanczos.masks import causal
 
 
 def structural(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
@@ -694,10 +695,25 @@ def scaled_dot_product_attention(mode: Freezing, func: Any, args: Any, kwargs: A
     """`softmax(q kᵀ) v` as torch's fused function spells it, with the probabilities frozen."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
     q, k, v, mask, _, is_causal, scale = _arguments(args, kwargs, names)
+    masks = [] if mask is None else [mask]
     if is_causal:
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        masks.append(causal(q.shape[-2], k.shape[-2], q.device))
     with mode:
-        return attention(q, k, v, mask, scale if scale is not None else q.shape[-1] ** -0.5)
+        return attention(q, k, v, masks, scale if scale is not None else q.shape[-1] ** -0.5)
+
+
+def piecewise_attention(mode: Freezing, func: Any, args: Any, kwargs: Any) -> Any:
+    """`blockwise_attention(q, k, v, …)`: linear in v, with q and k frozen instead of P."""
+    q, k, v, scores, sinks = args
+    if kind_of(v) != Kind.LINEAR:
+        return coefficient(mode, func, args, kwargs)
+    unfixed = (Kind.LINEAR, Kind.NONLINEAR)
+    fixed = [
+        mode.freeze(mode.raise_precision(x)) if kind_of(x) in unfixed else x for x in (q, k, sinks)
+    ]
+    result = mode.call(func, (*fixed[:2], v, scores, fixed[2]), kwargs)
+    set_mark(result, Mark(Kind.LINEAR, mixed=True))
+    return result
 
 
 # ---------------------------------------------------------------------------- the rule table
@@ -756,5 +772,6 @@ RULES: dict[str, Rule] = {
     "rms_norm": root_mean_square_norm,
     "layer_norm": layer_norm,
     "scaled_dot_product_attention": scaled_dot_product_attention,
+    "blockwise_attention": piecewise_attention,
 }
 """Torch function name (without in-place underscore) → the rule that freezes it."""

@@ -251,7 +251,7 @@ def test_attention_equals_torch(kv_heads: int) -> None:
     k, v = torch.randn(2, 1, kv_heads, 7, 8, dtype=F64)
     mask = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
     expected = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
-    assert torch.allclose(attention(q, k, v, mask, 0.3), expected)
+    assert torch.allclose(attention(q, k, v, [mask], 0.3), expected)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -1,0 +1,283 @@
+"""Softmax attention without its probabilities: `P V` and `Pᵀ G` from the queries and keys.
+
+With q and k frozen, `P` is a matrix of T×S coefficients that nothing but `P V` needs, and the
+transpose of that is `Pᵀ G`. Both are computed here piece by piece: the scores of a few hundred
+queries and keys, their softmax by the normalisers of the rows (the largest score and the sum, found
+once), and its product with the part of V or G that it meets. Pieces that a mask hides are left out.
+So the memory grows linearly with the length.
+
+Under `vmap` a block of vectors is folded into the columns of V, so that each piece is made once for
+all of them and the work is one large matrix product; a fused attention kernel, which has one V,
+would make it for each vector. Milakov & Gimelshein, "Online normalizer calculation for softmax"
+(2018), and Dao et al., "FlashAttention" (2022), are where the pieces come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from elm_lanczos.masks import ALL, NONE, Mask
+
+# Scores of a piece, over all heads: their bytes stay within caches.
+_PIECE = 2**21
+_SMALLEST, _LARGEST = 64, 1024
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores are made of `q kᵀ`; everything in it is constant.
+
+    Attributes:
+        scaling: factor of the products.
+        softcap: cap `c` of `c · tanh(scores / c)`.
+        masks: applied one after the other: descriptions, or additive tensors (batch | 1, heads | 1,
+            T | 1, S | 1).
+    """
+
+    scaling: float
+    softcap: float | None = None
+    masks: tuple[Mask | Tensor, ...] = ()
+
+    def of(self, q: Tensor, k: Tensor, first: int, key: int, *, whole: bool) -> Tensor:
+        """The scores of a piece.
+
+        Args:
+            q: (batch, kv_heads, groups, queries, head_dim), some of the queries.
+            k: (batch, kv_heads, keys, head_dim), some of the keys.
+            first: number of the first query.
+            key: number of the first key.
+            whole: whether it is known that the queries see all these keys.
+
+        Returns:
+            (batch, kv_heads, groups, queries, keys).
+        """
+        queries, keys = q.shape[-2], k.shape[-2]
+        scores = torch.matmul(q.flatten(2, 3), k.mT).mul_(self.scaling)
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        scores = scores.unflatten(2, (q.shape[2], queries))
+        for mask in self.masks:
+            if isinstance(mask, Mask):
+                if not whole:
+                    seen = mask.piece(first, queries, key, keys).to(scores.device)
+                    lowest = torch.finfo(scores.dtype).min
+                    scores = scores.masked_fill_(~_grouped(seen, q), lowest)
+            else:
+                part = _part(_part(mask, -2, first, queries), -1, key, keys)
+                scores = scores.add_(_grouped(part, q))
+        return scores
+
+    def grid(self, q: Tensor, k: Tensor) -> list[list[int]]:
+        """How many of the keys of each piece its queries see (see `Mask.visible`)."""
+        size = piece_size(q)
+        rows, columns = len(range(0, q.shape[-2], size)), len(range(0, k.shape[-2], size))
+        described = [mask.visible(size) for mask in self.masks if isinstance(mask, Mask)]
+        grid = [[ALL] * columns for _ in range(rows)]
+        for visible in described:
+            pairs = zip(grid, visible, strict=True)
+            grid = [[min(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+        return grid
+
+
+def piece_size(q: Tensor) -> int:
+    """Queries and keys of a piece, a power of two.
+
+    Args:
+        q: (batch, kv_heads, groups, T, head_dim).
+
+    Returns:
+        The size.
+    """
+    heads = q.shape[0] * q.shape[1] * q.shape[2]
+    side = max(1, _PIECE // heads)
+    return max(_SMALLEST, min(_LARGEST, 2 ** ((side.bit_length() - 1) // 2)))
+
+
+def _grouped(mask: Tensor, q: Tensor) -> Tensor:
+    """(batch | 1, heads | 1, ...) as it broadcasts with (batch, kv_heads, groups, ...)."""
+    kv_heads, groups = q.shape[1:3]
+    return mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, groups))
+
+
+def _part(x: Tensor, axis: int, start: int, count: int) -> Tensor:
+    """Some of an axis, or all of one that is broadcast."""
+    return x if x.shape[axis] == 1 else x.narrow(axis, start, count)
+
+
+def blockwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None = None
+) -> Tensor:
+    """Softmax attention with grouped key-value heads; a torch function, so that a mode sees it.
+
+    Args:
+        q: (batch, kv_heads, groups, T, head_dim).
+        k: (batch, kv_heads, S, head_dim).
+        v: (batch, kv_heads, S, value_dim).
+        scores: how scores are made.
+        sinks: (batch, kv_heads, groups, T | 1), logits of attention sinks.
+
+    Returns:
+        (batch, kv_heads, groups, T, value_dim), differentiable in v alone.
+    """
+    if has_torch_function((q, k, v)):
+        result: Tensor = handle_torch_function(
+            blockwise_attention, (q, k, v), q, k, v, scores, sinks
+        )
+        return result
+    q, k = q.detach(), k.detach()
+    largest, total = _normalisers(q, k, scores, None if sinks is None else sinks.detach())
+    out: Tensor = _Product.apply(q, k, largest, total.reciprocal(), v, scores)
+    return out
+
+
+def _normalisers(
+    q: Tensor, k: Tensor, scores: Scores, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The largest score of every query, and the sum of exp(score − largest): (..., T, 1) both."""
+    size, grid = piece_size(q), scores.grid(q, k)
+    found = []
+    for row, first in enumerate(range(0, q.shape[-2], size)):
+        some = q[..., first : first + size, :]
+        largest = torch.full_like(some[..., :1], torch.finfo(q.dtype).min)
+        total = torch.zeros_like(largest)
+        if sinks is not None:
+            largest = _part(sinks, -1, first, some.shape[-2])[..., None].expand_as(largest)
+            total = torch.ones_like(largest)
+        for column, key in enumerate(range(0, k.shape[-2], size)):
+            if grid[row][column] == NONE:
+                continue
+            whole = grid[row][column] == ALL
+            s = scores.of(some, k[..., key : key + size, :], first, key, whole=whole)
+            before, largest = largest, torch.maximum(largest, s.amax(-1, keepdim=True))
+            here = s.sub_(largest).exp_().sum(-1, keepdim=True)
+            total = total * (before - largest).exp() + here
+        found.append((largest, total))
+    largest, total = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
+    return largest, total
+
+
+def _pieces(
+    q: Tensor, k: Tensor, largest: Tensor, scores: Scores
+) -> Iterator[tuple[slice, list[tuple[slice, Callable[[], Tensor]]]]]:
+    """The rows of pieces, and what makes the pieces of each.
+
+    Yields:
+        The queries of a row, and for each of its pieces the keys and what makes exp(score −
+        largest), (batch · kv_heads, groups · queries, keys): P but for the sum of each query.
+    """
+    size, grid = piece_size(q), scores.grid(q, k)
+    for row, first in enumerate(range(0, q.shape[-2], size)):
+        queries = slice(first, min(first + size, q.shape[-2]))
+        made: list[tuple[slice, Callable[[], Tensor]]] = []
+        for column, key in enumerate(range(0, k.shape[-2], size)):
+            if grid[row][column] == NONE:
+                continue
+            keys = slice(key, min(key + size, k.shape[-2]))
+
+            def weights(
+                keys: slice = keys,
+                queries: slice = queries,
+                whole: bool = grid[row][column] == ALL,
+            ) -> Tensor:
+                some = q[..., queries, :]
+                s = scores.of(some, k[..., keys, :], queries.start, keys.start, whole=whole)
+                return s.sub_(largest[..., queries, :]).exp_().flatten(2, 3).flatten(0, 1)
+
+            made.append((keys, weights))
+        yield queries, made
+
+
+class _Product(torch.autograd.Function):
+    """`P V`, linear in V; its derivative is `_Transposed`, whose derivative is this again."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, largest: Tensor, inverse: Tensor, V: Tensor, scores: Scores
+    ) -> Tensor:
+        out = V.new_empty(*q.shape[:-1], V.shape[-1])
+        V = V.flatten(0, 1)
+        for queries, pieces in _pieces(q, k, largest, scores):
+            part = out[..., queries, :]
+            sums = torch.zeros_like(part).flatten(2, 3).flatten(0, 1)
+            for keys, weights in pieces:
+                sums.baddbmm_(weights(), V[:, keys])
+            torch.mul(sums.view(part.shape), inverse[..., queries, :], out=part)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.scores = inputs[5]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None, Tensor, None]:
+        return (*_NOTHING, _Transposed.apply(*ctx.saved_tensors, grad, ctx.scores), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
+        return _folded(_Product, info, in_dims, *given)
+
+
+class _Transposed(torch.autograd.Function):
+    """`Pᵀ G`, summed over the groups of queries that share keys: linear in G."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, largest: Tensor, inverse: Tensor, G: Tensor, scores: Scores
+    ) -> Tensor:
+        out = G.new_zeros(*k.shape[:-1], G.shape[-1])
+        sums = out.flatten(0, 1)
+        for queries, pieces in _pieces(q, k, largest, scores):
+            scaled = (G[..., queries, :] * inverse[..., queries, :]).flatten(2, 3).flatten(0, 1)
+            for keys, weights in pieces:
+                sums[:, keys].baddbmm_(weights().mT, scaled)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.scores = inputs[5]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None, Tensor, None]:
+        return (*_NOTHING, _Product.apply(*ctx.saved_tensors, grad, ctx.scores), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
+        return _folded(_Transposed, info, in_dims, *given)
+
+
+_NOTHING = (None, None, None, None)
+
+
+def _folded(
+    product: type[torch.autograd.Function],
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    *given: Any,
+) -> tuple[Tensor, int]:
+    """A product with a block of X, the block folded into the columns of one X."""
+    block: int = info.batch_size
+    *fixed, X, scores = given
+    X = X.expand(block, *X.shape) if in_dims[4] is None else X.movedim(in_dims[4], 0)
+    if any(dim is not None for dim in in_dims[:4]):  # a P for every member of the block
+        parts = [
+            product.apply(
+                *(
+                    x if dim is None else x.select(dim, i)
+                    for x, dim in zip(fixed, in_dims[:4], strict=True)
+                ),
+                X[i],
+                scores,
+            )
+            for i in range(block)
+        ]
+        return torch.stack(parts), 0
+    folded: Tensor = product.apply(*fixed, X.movedim(0, -2).flatten(-2), scores)
+    return folded.unflatten(-1, (block, -1)).movedim(-2, 0), 0
