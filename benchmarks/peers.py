@@ -700,6 +700,8 @@ def main(
 ) -> None:
     """Print a table for each length and write them all as JSON.
 
+    Lengths that an earlier run on the same machine with the same settings wrote are kept.
+
     Raises:
         BadParameter: where a method is not known.
     """
@@ -736,8 +738,16 @@ def main(
     settings = {"k": k, "dtype": "float32", "limit_seconds": limit, "sample": sample}
     path = out or RESULTS / "peers.json"
     path.parent.mkdir(exist_ok=True)
-    figures = {"machine": machine(), **settings, "lengths": results}
-    figures["synthetic"] = {"tokens": WIDE_TOKENS, "d": WIDE, "methods": [asdict(r) for r in wide]}
+    figures = {"machine": machine(), **settings}
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if any(earlier.get(name) != value for name, value in figures.items()):
+        earlier = {}
+    others = [row for row in earlier.get("lengths", []) if row["tokens"] not in sizes]
+    figures["lengths"] = sorted([*others, *results], key=lambda row: row["tokens"])
+    figures["synthetic"] = earlier.get("synthetic")
+    if memory:
+        synthetic = {"tokens": WIDE_TOKENS, "d": WIDE, "methods": [asdict(row) for row in wide]}
+        figures["synthetic"] = synthetic
     path.write_text(json.dumps(figures, indent=2) + "\n")
     console.print(f"written to {path.name}")
 

@@ -14,6 +14,7 @@ would make it for each vector. Milakov & Gimelshein, "Online normalizer calculat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from elm_lanczos.masks import ALL, NONE, Mask
 # Scores of a piece, over all heads: their bytes stay within caches.
 _PIECE = 2**21
 _SMALLEST, _LARGEST = 64, 1024
+_LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,22 @@ def _normalisers(
             whole = grid[row][column] == ALL
             s = scores.of(some, k[..., key : key + size, :], first, key, whole=whole)
             before, largest = largest, torch.maximum(largest, s.amax(-1, keepdim=True))
-            here = s.sub_(largest).exp_().sum(-1, keepdim=True)
+            here = _exponential(s.sub_(largest)).sum(-1, keepdim=True)
             total = total * (before - largest).exp() + here
         found.append((largest, total))
     largest, total = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
     return largest, total
+
+
+def _exponential(x: Tensor) -> Tensor:
+    """exp(x) in place, zero where it would be no normal number.
+
+    On a CPU the exponential function of MKL takes a hundred times as long where it underflows, and
+    so do products with subnormal numbers. Powers of two come from another library.
+    """
+    return torch.nn.functional.threshold_(
+        x.mul_(_LOG2E).exp2_(), torch.finfo(x.dtype).smallest_normal, 0.0
+    )
 
 
 def _pieces(
@@ -187,7 +200,7 @@ def _pieces(
             ) -> Tensor:
                 some = q[..., queries, :]
                 s = scores.of(some, k[..., keys, :], queries.start, keys.start, whole=whole)
-                return s.sub_(largest[..., queries, :]).exp_().flatten(2, 3).flatten(0, 1)
+                return _exponential(s.sub_(largest[..., queries, :])).flatten(2, 3).flatten(0, 1)
 
             made.append((keys, weights))
         yield queries, made

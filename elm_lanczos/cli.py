@@ -78,7 +78,7 @@ TokensOption = Annotated[
 BatchOption = Annotated[int | None, typer.Option(help="Vectors pushed through a layer at once.")]
 MemoryOption = Annotated[
     str | None,
-    typer.Option(help="Memory to work within, as in 8GiB (default: half of what is free)"),
+    typer.Option(help="Memory to work within, as in 8GiB (default: 70 % of what is free)"),
 ]
 ScratchOption = Annotated[
     str | None,

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from elm_lanczos.attention import is_explicit
 from elm_lanczos.chain import Segment, is_linear, is_out_of_memory, not_frozen, trace
 from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Tape, linear
-from elm_lanczos.memory import free_bytes
+from elm_lanczos.memory import ceiling
 from elm_lanczos.model import DetachedModel, Prediction
 from elm_lanczos.rules import RULES, unfrozen
 from elm_lanczos.storage import slots
@@ -143,7 +144,8 @@ class Linearization:
         ids: (T,), the token ids the embeddings came from, if any.
         block: how many vectors are pushed through a segment at once; chosen from the sequence
             length if not given.
-        memory: bytes that linearised segments and blocks may use; half of what is free by default.
+        memory: bytes that linearised segments, blocks and what is done with them may use; 70 % of
+            what is free by default.
         keep: hold every linearised segment, or linearise it anew for each block of vectors; decided
             from the memory if not given.
         narrow: run the last layer for the output position alone behind its attention; wherever that
@@ -177,7 +179,7 @@ class Linearization:
         self.ids = ids
         self.position = position % inputs.shape[0]
         self._rules = RULES if rules is None else rules
-        self.memory = free_bytes(inputs.device) // 2 if memory is None else memory
+        self.memory = ceiling(inputs.device) if memory is None else memory
         mode = self._freezing(type(model.decoder).__name__)
         found = trace(model, inputs, self.position, mode, ids)
         self.segments = found.segments
@@ -234,6 +236,9 @@ class Linearization:
     def default_block(length: int, width: int, itemsize: int, memory: int) -> int:
         """Vectors per block: enough rows for full-speed products, within caches and memory.
 
+        On long inputs no less than 16, so that the pieces of attention that each block makes anew
+        (see `blockwise`) are a small part of the work.
+
         Args:
             length: number of tokens T.
             width: the widest that a vector gets.
@@ -244,7 +249,7 @@ class Linearization:
             The number of vectors.
         """
         per_vector = _COPIES * length * width * itemsize
-        return int(max(1, min(256, 8192 // length + 1, memory // 4 // per_vector)))
+        return int(max(1, min(256, max(16, 8192 // length + 1), memory // 4 // per_vector)))
 
     @property
     def held_bytes(self) -> int:
@@ -252,6 +257,11 @@ class Linearization:
         T, _ = self.inputs.shape
         maps = self._bytes_of_maps() // (1 if self.keep else len(self.segments))
         return maps + self.block * _COPIES * T * self.width * self.output.element_size()
+
+    @property
+    def spare_bytes(self) -> int:
+        """What `memory` leaves for what is done with the products, a quarter of it at least."""
+        return max(self.memory - self.held_bytes, self.memory // 4)
 
     def _bytes_of_maps(self) -> int:
         """Estimates the bytes that all linearised layers hold: weights, gates, attention."""
@@ -261,7 +271,7 @@ class Linearization:
         weights = self.model.storage.bytes_made(self.model.compute_dtype)
         shapes = [s.shape for layer in self.model.layers for s in slots(layer, buffers=False)]
         activations = sum(shape[0] for shape in shapes if len(shape) == 2) * T
-        attention = len(self.model.layers) * heads * T * T
+        attention = len(self.model.layers) * heads * T * T * is_explicit(heads, T, T)
         return weights + size * (activations + attention)
 
     def _map(self, index: int) -> LinearMap:

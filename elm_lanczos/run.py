@@ -25,7 +25,7 @@ from elm_lanczos.config import ModelConfig, RunConfig, select_tokens
 from elm_lanczos.decode import decode_triplets
 from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.linearization import Certificate, Linearization
-from elm_lanczos.memory import free_bytes
+from elm_lanczos.memory import ceiling
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import Prompt, read_prompts
@@ -288,7 +288,7 @@ def _open_store(
         "method": config.method,
         "config": config.model_dump(),
         "resources": {
-            "memory": int(config.memory or free_bytes(model.device) // 2),
+            "memory": int(config.memory or ceiling(model.device)),
             "threads": torch.get_num_threads(),
         },
     }
@@ -335,10 +335,8 @@ def _solve_prompt(
         _write_outputs(group, lin, model, certificate)
         observer.planned(plan, plan.passes[plan.method])
         _write_triplets(group, lin, plan, model, config, observer)
-        results = open_results(store.path)
-        seconds = time.perf_counter() - begun
-        _finish(group, results.group(group.name), certificate, seconds)
-        observer.finished(results.group(group.name))
+        _finish(group, certificate, time.perf_counter() - begun)
+        observer.finished(open_results(store.path).group(group.name))
 
 
 def _encode(model: DetachedModel, prompt: Prompt, config: RunConfig, observer: Observer) -> Tensor:
@@ -383,7 +381,7 @@ def _prepare(
     lin = model.linearize(prediction.ids, block=config.batch, memory=memory)
     tokens = select_tokens(config.tokens, length)
     batch = TokenOperators(lin, tokens)
-    plan = _plan(batch, lin.memory, config, number, prediction.continuation)
+    plan = _plan(batch, lin.spare_bytes, config, number, prediction.continuation)
     if number == prediction.continuation == 0 and (line := _hint(batch, config, plan)):
         observer.note(line)
     chain = {"block": lin.block, "keep": lin.keep, "narrow": lin.narrowed}
@@ -528,17 +526,23 @@ def _rows(
     return rows
 
 
-def _finish(
-    group: PromptGroup, result: PromptResult, certificate: Certificate, seconds: float
-) -> None:
+def _finish(group: PromptGroup, certificate: Certificate, seconds: float) -> None:
     """Completes the certificate from what is stored, and marks the group as finished."""
-    rows = result.status != Status.NOT_REQUESTED
-    S, residual = result.S[rows], result.residual[rows]
-    scale = np.where(S[:, :1] > 0, S[:, :1], 1)
+    residuals, overlaps = [0.0], [0.0]
+    for owner, tokens in enumerate(group.owners()):
+        asked = group.requested[tokens.start : tokens.stop]
+        if not asked.any():
+            continue
+        S, residual, U, V = (
+            group.read_rows(owner, name)[asked] for name in ("S", "residual", "U", "V")
+        )
+        residuals.append(float((residual / np.where(S[:, :1] > 0, S[:, :1], 1)).max()))
+        overlaps += [_orthogonality(U), _orthogonality(V)]
+    # A NaN stays one, which the maximum of Python's floats does not see to.
     certificate = replace(
         certificate,
-        residual=float((residual / scale).max()),
-        orthogonality=max(_orthogonality(result.U[rows]), _orthogonality(result.V[rows])),
+        residual=float(np.max(residuals)),
+        orthogonality=float(np.max(overlaps)),
     )
     group.set_attrs(
         {"certificate": certificate.to_dict(), "seconds": round(seconds, 3), FINISHED: True}

@@ -145,6 +145,21 @@ class PromptGroup:
                 array = self._array(name)
                 array[tokens] = np.ascontiguousarray(values, dtype=array.dtype)
 
+    def read_rows(self, owner: int, name: str) -> Array:
+        """Read one array's rows of one owner.
+
+        Args:
+            owner: Index of the owner.
+            name: Name of the array, one of `ROW_ARRAYS`.
+
+        Returns:
+            The rows, (owner's tokens, ...).
+
+        Raises:
+            StoreError: The array is missing or damaged.
+        """
+        return read_array(self._store, f"{self.name}/{name}", _tokens(self.owners()[owner]))
+
     def commit(self, owner: int) -> None:
         """Mark one owner's rows as done, after `write_rows` has returned.
 

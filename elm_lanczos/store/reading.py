@@ -99,12 +99,13 @@ def position_names(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.glob("position_*") if read_attributes(entry))
 
 
-def read_array(store: LocalStore, name: str) -> Array:
-    """Read one array whole.
+def read_array(store: LocalStore, name: str, tokens: slice | None = None) -> Array:
+    """Read one array, whole or in part.
 
     Args:
         store: The Zarr store.
         name: Path of the array.
+        tokens: The part along its first dimension; all of it by default.
 
     Returns:
         Its values.
@@ -114,7 +115,7 @@ def read_array(store: LocalStore, name: str) -> Array:
     """
     array = open_array(store, name)
     try:
-        return _values(array, ...)
+        return _values(array, ... if tokens is None else tokens)
     except (ValueError, RuntimeError) as error:
         raise StoreError(f"{_damaged_file(store, array)} is damaged: {error}") from error
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from elm_lanczos.errors import UsageError
-from elm_lanczos.memory import free_bytes
+from elm_lanczos.memory import ceiling
 
 METHODS = ("auto", "lanczos", "stream", "dense")
 DEFAULT_TOL = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -110,7 +110,7 @@ def make_plan(
         method: 'lanczos', 'stream', 'dense', or 'auto', which chooses between the first two.
         tol: Largest residual relative to σ₁; by default 1e-5 in float32 and 1e-10 in float64.
         seed: Seeds every random vector.
-        memory: Bytes to work within; by default at most half of what is available, a power of two
+        memory: Bytes to work within; by default at most 70 % of what is available, a power of two
             so that runs on one machine agree.
         vectors: Vectors that the operators take at a time; cotangents flow by in multiples of it.
         scratch: dense: a folder for a file that keeps the rows.
@@ -138,7 +138,7 @@ def make_plan(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed must be a whole number from 0, not {seed!r}")
     if memory is None:
-        memory = 2 ** ((free_bytes(torch.device("cpu")) // 2).bit_length() - 1)
+        memory = 2 ** (ceiling(torch.device("cpu")).bit_length() - 1)
     if memory <= 0:
         raise UsageError(f"memory must be a positive number of bytes, not {memory!r}")
     if scratch is not None and method != "dense":

@@ -51,7 +51,7 @@ def svd(
         method: 'lanczos', 'stream', 'dense', or 'auto', which chooses between the first two.
         tol: Largest residual relative to σ₁; by default 1e-5 in float32 and 1e-10 in float64.
         seed: Seeds every random vector; the same seed gives the same bits.
-        memory: Bytes to work within; by default at most half of what is available.
+        memory: Bytes to work within; by default at most 70 % of what is available.
         scratch: dense: a folder for a file that keeps the rows of the matrices.
         progress: Called with the passes made so far.
         plan: A plan to follow in place of k, method, tol, seed and memory, for control of every
