@@ -62,11 +62,15 @@ def svd(
         as far as it came and says so in its status.
 
     Raises:
-        UsageError: Where k, method, tol, seed, memory or tokens cannot be used.
+        UsageError: Where k, method, tol, seed, memory or tokens cannot be used, or the memory has
+            no room for even one operator.
         ValueError: Where A is no operator.
     """
     batch = as_batch(A, tokens)
-    plan = plan or plan_for(batch, k, method, tol, seed, memory, scratch=scratch)
+    if plan is None:
+        plan = plan_for(batch, k, method, tol, seed, memory, scratch=scratch)
+        if plan.refusal:
+            raise UsageError(plan.refusal)
     n, size = batch.shape[0], min(GROUP, plan.panel)
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
     made = 0
