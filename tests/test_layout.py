@@ -19,6 +19,7 @@ ORDER = [
     ["model"],
     ["chain"],
     ["linearization"],
+    ["footprint"],
     ["operators"],
     ["svd"],
     ["decode"],
