@@ -24,6 +24,7 @@ import typer
 from machine import write_results
 from rich.console import Console
 from rich.table import Table
+from shapes import matrix_products
 
 from elm_lanczos import DetachedModel
 from elm_lanczos.operators import TokenOperators
@@ -49,39 +50,6 @@ def seconds(work: Callable[[], object], repeats: int) -> list[float]:
         work()
         taken.append(time.perf_counter() - begun)
     return taken
-
-
-def matrix_products(model: DetachedModel, tokens: int, block: int) -> Callable[[], None]:
-    """Returns the matrix products of one block of VJPs, and nothing else.
-
-    Args:
-        model: a Llama-like model.
-        tokens: sequence length T.
-        block: vectors.
-
-    Returns:
-        A function that multiplies them all.
-    """
-    config = model.hf_model.config
-    layers = []
-    for layer in model.layers:
-        attn, mlp = layer.self_attn, layer.mlp
-        weights = [
-            module.weight.detach().to(model.compute_dtype)
-            for module in (attn.v_proj, attn.o_proj, mlp.up_proj, mlp.down_proj)
-        ]
-        layers.append([(torch.randn(block * tokens, w.shape[0]), w) for w in weights])
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    P = torch.rand(kv_heads, heads // kv_heads * tokens, tokens).mT
-    G = torch.randn(kv_heads, P.shape[2], block * config.head_dim)
-
-    def multiply() -> None:
-        for layer in layers:
-            for x, w in layer:
-                torch.mm(x, w)
-            torch.bmm(P, G)
-
-    return multiply
 
 
 def main(
@@ -117,7 +85,7 @@ def main(
             J[:, start : start + len(rows)] = rows.transpose(0, 1)
 
     works = {
-        "matrix products alone": matrix_products(detached, tokens, block),
+        "matrix products alone": matrix_products(detached, tokens, block, narrowed=False),
         "VJP": lambda: lin.vjp(cotangents),
         "JVP": lambda: lin.jvp(tangents),
         "stream": stream,

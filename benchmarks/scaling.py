@@ -40,7 +40,14 @@ import typer
 from machine import write_results
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, layer_flops, linear_weights, load_shape, weight_bytes
+from shapes import (
+    SHAPES,
+    layer_flops,
+    linear_weights,
+    load_shape,
+    matrix_products,
+    weight_bytes,
+)
 
 from elm_lanczos import DetachedModel, svd
 from elm_lanczos.errors import UsageError
@@ -235,48 +242,6 @@ def peak_bytes(device: torch.device) -> int | None:
 # ---------------------------------------------------------------------------- one row
 
 
-def matrix_products(
-    model: DetachedModel, tokens: int, block: int, narrowed: bool
-) -> Callable[[], None]:
-    """Returns the matrix products that one block of VJPs cannot do without, and nothing else.
-
-    Args:
-        model: its layers all have the first one's shapes.
-        tokens: sequence length T.
-        block: vectors.
-        narrowed: whether the last layer is run for the output position alone behind its attention:
-            then its o, up and down are for `block` rows, and its Pᵀ is that of one query.
-
-    Returns:
-        A function that multiplies them all, in the precision that the passes have.
-    """
-    config, weights = model.decoder.config, linear_weights(model)
-    options: dict[str, Any] = {"device": weights[0].device, "dtype": weights[0].dtype}
-    inputs = {w.shape[0]: torch.randn(block * tokens, w.shape[0], **options) for w in weights}
-    kv_heads, groups = config.num_key_value_heads, config.num_attention_heads
-    groups //= kv_heads
-    P = torch.rand(kv_heads, groups * tokens, tokens, **options).mT
-    G = torch.randn(kv_heads, groups * tokens, block * config.head_dim, **options)
-
-    P_row = torch.rand(kv_heads, groups, tokens, **options).mT
-    G_row = torch.randn(kv_heads, groups, block * config.head_dim, **options)
-    v, *others = weights
-
-    def multiply() -> None:
-        with model.arithmetic():
-            for _ in range(len(model.layers) - narrowed):
-                for weight in weights:
-                    torch.mm(inputs[weight.shape[0]], weight)
-                torch.bmm(P, G)
-            if narrowed:
-                torch.mm(inputs[v.shape[0]], v)
-                for weight in others:
-                    torch.mm(inputs[weight.shape[0]][:block], weight)
-                torch.bmm(P_row, G_row)
-
-    return multiply
-
-
 def linear_system(model: DetachedModel, tokens: int, **options: Any) -> Linearization:
     """Returns the linear system of a prompt of random tokens."""
     generator = torch.Generator().manual_seed(0)
@@ -347,7 +312,7 @@ def measure(model: DetachedModel, shape: str, layers: int, tokens: int, setting:
         narrowed=lin.narrowed,
         layers=layers,
         hidden_size=d,
-        linear_parameters=sum(weight.numel() for weight in linear_weights(model)),
+        linear_parameters=sum(weight.numel() for weight in linear_weights(model.layers[0])),
         weight_bytes=weight_bytes(model),
         flops=flops,
         whole_flops=whole_flops,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from elm_lanczos.masks import ALL, NONE, Mask
@@ -169,10 +169,12 @@ def _exponential(x: Tensor) -> Tensor:
 
     On a CPU the exponential function of MKL takes a hundred times as long where it underflows, and
     so do products with subnormal numbers. Powers of two come from another library.
+
+    Returns:
+        x itself.
     """
-    return torch.nn.functional.threshold_(
-        x.mul_(_LOG2E).exp2_(), torch.finfo(x.dtype).smallest_normal, 0.0
-    )
+    smallest = torch.finfo(x.dtype).smallest_normal
+    return nn.functional.threshold(x.mul_(_LOG2E).exp2_(), smallest, 0.0, inplace=True)
 
 
 def _pieces(

@@ -122,6 +122,7 @@ def _main(
     "elm-lanczos run --config configs/demo.yaml --out demo.zarr --resume"
 )
 def run(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option(help="Hugging Face id or folder (default: bundled model)")
     ] = None,
@@ -162,32 +163,7 @@ def run(
     """Compute, decode and store the singular triplets of every prompt."""
     from elm_lanczos.config import RunConfig, run_config
 
-    given = {
-        "model": model,
-        "revision": revision,
-        "k": k,
-        "seq_file": seq_file,
-        "text": text,
-        "generate": generate,
-        "out": out,
-        "dtype": dtype,
-        "compute_dtype": compute_dtype,
-        "gate": gate,
-        "precision": precision,
-        "device": device,
-        "device_map": device_map,
-        "method": method,
-        "tol": tol,
-        "tokens": tokens,
-        "batch": batch,
-        "top": top,
-        "seed": seed,
-        "memory": memory,
-        "scratch": scratch,
-        "trust_remote_code": trust_remote_code,
-        "allow_pickle": allow_pickle,
-    }
-    options = run_config(config, given, RunConfig)
+    options = run_config(config, _given(context, RunConfig), RunConfig)
     _silence_libraries()
     from elm_lanczos.report.json_lines import JsonLines
     from elm_lanczos.report.terminal import Terminal
@@ -204,6 +180,7 @@ def run(
     "elm-lanczos plan path/to/70B/config.json --random --length 128"
 )
 def plan(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -243,30 +220,7 @@ def plan(
     """Predict passes, time and memory of each method, before anything runs."""
     from elm_lanczos.config import PlanConfig, run_config
 
-    given = {
-        "model": model,
-        "revision": revision,
-        "k": k,
-        "seq_file": seq_file,
-        "text": text,
-        "length": length,
-        "generate": generate,
-        "dtype": dtype,
-        "compute_dtype": compute_dtype,
-        "gate": gate,
-        "precision": precision,
-        "device": device,
-        "device_map": device_map,
-        "method": method,
-        "tol": tol,
-        "tokens": tokens,
-        "batch": batch,
-        "memory": memory,
-        "scratch": scratch,
-        "trust_remote_code": trust_remote_code,
-        "allow_pickle": allow_pickle,
-    }
-    options = run_config(config, given, PlanConfig)
+    options = run_config(config, _given(context, PlanConfig), PlanConfig)
     if random and options.model is None:
         raise UsageError("--random needs a model type, a config.json or a model to be like")
     _silence_libraries()
@@ -326,6 +280,7 @@ _SENTENCE = "We hold these truths to be self-evident, that all men are created e
     "  ·  elm-lanczos check --all --jobs 4 --out families.md"
 )
 def check(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -370,19 +325,7 @@ def check(
     """
     from elm_lanczos.config import ModelConfig, validated
 
-    given = {
-        "model": model,
-        "revision": revision,
-        "dtype": dtype,
-        "compute_dtype": compute_dtype,
-        "gate": gate,
-        "precision": precision,
-        "device": device,
-        "device_map": device_map,
-        "trust_remote_code": trust_remote_code,
-        "allow_pickle": allow_pickle,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(context, ModelConfig)
     others = {"text": text, "out": out, "jobs": jobs}
     _refuse_contradictions(given, others, random=random, all_=all_)
     config = validated(ModelConfig, given)
@@ -392,6 +335,15 @@ def check(
     else:
         reports = [_check_one(config, random=random, text=text, seed=seed, json=json)]
     _judge(reports, one=not all_)
+
+
+def _given(context: typer.Context, kind: type[ModelConfig]) -> dict[str, Any]:
+    """The fields of a kind of record that the command line gives, by name."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if name in kind.model_fields and value is not None
+    }
 
 
 def _refuse_contradictions(

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from elm_lanczos.attention import is_explicit
 from elm_lanczos.chain import Segment, is_linear, is_out_of_memory, not_frozen, trace
 from elm_lanczos.errors import ModelError, UnsupportedModelError
+from elm_lanczos.footprint import Footprint, spare
 from elm_lanczos.freezing import Freezing, Tape, linear
 from elm_lanczos.memory import ceiling
 from elm_lanczos.model import DetachedModel, Prediction
 from elm_lanczos.rules import RULES, unfrozen
-from elm_lanczos.storage import slots
 
 if TYPE_CHECKING:
     from elm_lanczos.operators import JointOperator, TokenOperator
@@ -44,10 +43,6 @@ _BOUNDS = {
     "affinity": {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-3},
     "orthogonality": {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-5},
 }
-
-
-# Copies of a block that exist at a time while it goes through a layer.
-_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -153,6 +148,7 @@ class Linearization:
         rules: another rule table, only to test what a wrong rule does.
 
     Attributes:
+        footprint: the shapes that its memory follows from.
         narrowed: whether the last layer is run for the output position alone behind its attention.
 
     Raises:
@@ -187,9 +183,14 @@ class Linearization:
         self.output = found.output[0, self.position].detach().to(inputs.device)
         if not self.output.isfinite().all():
             raise ModelError(f"{model.name}: the forward pass gives values that are not finite")
-        size = self.output.element_size()
-        block = block or self.default_block(len(inputs), self.width, size, self.memory)
-        self.block = block
+        self.footprint = Footprint.of(
+            model.decoder,
+            model.layers,
+            model.embedding.weight,
+            model.compute_dtype,
+            made=model.storage.bytes_made(model.compute_dtype),
+        )
+        self.block = block or self.footprint.block(len(inputs), self.memory)
         self.narrowed = narrow is not False and self._same_map(
             found.at_position, found.segments[-2:]
         )
@@ -198,7 +199,7 @@ class Linearization:
         if self.narrowed:
             self.segments = (*found.segments[:-2], *found.at_position)
         self._maps: dict[int, LinearMap] = {}
-        self.keep = self._bytes_of_maps() <= self.memory // 2 if keep is None else keep
+        self.keep = self.footprint.is_kept(len(inputs), self.memory) if keep is None else keep
 
     def __repr__(self) -> str:
         """Returns one line with the shapes of the system."""
@@ -221,58 +222,18 @@ class Linearization:
 
     # ---------------------------------------------------------------------- linear maps
 
-    @cached_property
-    def width(self) -> int:
-        """The widest that a vector gets on its way, such as inside an MLP."""
-        table = self.model.embedding.weight
-        widths = (
-            slot.shape[0]
-            for slot in slots(self.model.decoder, buffers=False)
-            if len(slot.shape) == 2 and slot.tensor is not table
-        )
-        return max(widths, default=self.inputs.shape[1])
-
-    @staticmethod
-    def default_block(length: int, width: int, itemsize: int, memory: int) -> int:
-        """Vectors per block: enough rows for full-speed products, within caches and memory.
-
-        On long inputs no less than 16, so that the pieces of attention that each block makes anew
-        (see `blockwise`) are a small part of the work.
-
-        Args:
-            length: number of tokens T.
-            width: the widest that a vector gets.
-            itemsize: bytes of a number.
-            memory: bytes to work within.
-
-        Returns:
-            The number of vectors.
-        """
-        per_vector = _COPIES * length * width * itemsize
-        return int(max(1, min(256, max(16, 8192 // length + 1), memory // 4 // per_vector)))
-
     @property
     def held_bytes(self) -> int:
         """Estimates the bytes that linearised layers and a block of vectors take."""
-        T, _ = self.inputs.shape
-        maps = self._bytes_of_maps() // (1 if self.keep else len(self.segments))
-        return maps + self.block * _COPIES * T * self.width * self.output.element_size()
+        return sum(self._arrays().values())
 
     @property
     def spare_bytes(self) -> int:
-        """What `memory` leaves for what is done with the products, a quarter of it at least."""
-        return max(self.memory - self.held_bytes, self.memory // 4)
+        """What `memory` leaves for what is done with the products (see `footprint.spare`)."""
+        return spare(self.memory, self._arrays())
 
-    def _bytes_of_maps(self) -> int:
-        """Estimates the bytes that all linearised layers hold: weights, gates, attention."""
-        config, T = self.model.decoder.config, self.inputs.shape[0]
-        size = self.output.element_size()
-        heads = getattr(config, "num_attention_heads", 1)
-        weights = self.model.storage.bytes_made(self.model.compute_dtype)
-        shapes = [s.shape for layer in self.model.layers for s in slots(layer, buffers=False)]
-        activations = sum(shape[0] for shape in shapes if len(shape) == 2) * T
-        attention = len(self.model.layers) * heads * T * T * is_explicit(heads, T, T)
-        return weights + size * (activations + attention)
+    def _arrays(self) -> dict[str, int]:
+        return self.footprint.arrays(len(self.inputs), self.block, keep=self.keep)
 
     def _map(self, index: int) -> LinearMap:
         if index in self._maps:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elm_lanczos.freezing import rebuild
+
 NONE, SOME, ALL = 0, 1, 2
 """How many of a piece's queries see how many of its keys."""
 
@@ -141,8 +143,6 @@ def explicit(values: Any) -> Any:
     Returns:
         The same with tensors for masks.
     """
-    from elm_lanczos.freezing import rebuild
-
     return rebuild(lambda value: value.explicit if isinstance(value, Mask) else value, values)
 
 

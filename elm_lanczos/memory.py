@@ -33,11 +33,11 @@ def size(bytes_: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time with the unit that suits it: `0.24 s`, `12 s`, `42 min`, `5.1 h`, `19 d`."""
+    """Returns a time with the unit that suits it: `0.24 s`, `42 min`, `5.1 h`, `2.0 years`."""
     if seconds < 0.995:
         short = "below 1 ms" if seconds else "0 s"
         return short if seconds < 0.001 else f"{seconds:.2g} s"
-    time, units = seconds, [("s", 60), ("min", 60), ("h", 24), ("d", 1)]
+    time, units = seconds, [("s", 60), ("min", 60), ("h", 24), ("d", 365), ("years", 1)]
     while len(units) > 1 and round(time) >= units[0][1]:
         time, units = time / units[0][1], units[1:]
     return f"{_figures(time)} {units[0][0]}"

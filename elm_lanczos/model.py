@@ -97,8 +97,8 @@ class DetachedModel:
         self.gate = gate
         self.hf_model = hf_model
         self.tokenizer = tokenizer
-        self.decoder = _find_decoder(hf_model)
-        self.layers = _find_layers(self.decoder)
+        self.decoder = find_decoder(hf_model)
+        self.layers = find_layers(self.decoder)
         self.dtype: torch.dtype = hf_model.dtype
         self.compute_dtype = _compute_dtype(compute_dtype, self.dtype)
         self.storage = Storage(hf_model, self.layers)
@@ -642,7 +642,18 @@ def last_hidden_state(output: Any) -> Tensor:
     return state if state is not None else output[0]
 
 
-def _find_decoder(hf_model: PreTrainedModel) -> nn.Module:
+def find_decoder(hf_model: PreTrainedModel) -> nn.Module:
+    """Finds the module that takes input embeddings to final hidden states.
+
+    Args:
+        hf_model: a causal language model.
+
+    Returns:
+        What the model calls its decoder, or else the innermost such module with layers.
+
+    Raises:
+        UnsupportedModelError: if there is none below the model.
+    """
     # it holds the token embeddings and takes `inputs_embeds`; of several, it is what the model
     # itself calls its decoder, or else the innermost one with layers
     embedding = hf_model.get_input_embeddings()
@@ -661,11 +672,11 @@ def _find_decoder(hf_model: PreTrainedModel) -> nn.Module:
     own = hf_model.get_decoder()
     if any(own is module for module in found):
         return own
-    with_layers = [module for module in found if _find_layers(module)]
+    with_layers = [module for module in found if find_layers(module)]
     return (with_layers or found)[-1]
 
 
-def _find_layers(decoder: nn.Module) -> list[nn.Module]:
+def find_layers(decoder: nn.Module) -> list[nn.Module]:
     """Finds the decoder layers, the largest list of modules in it; empty if there is none."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
     sizes = [sum(p.numel() for p in m.parameters()) for m in lists]

@@ -3,22 +3,32 @@
 With a model's weights, one block of passes is timed at the shortest and at the longest prompt. From
 a configuration alone, three of its layers are built with random weights (see `shared_layer`), and
 their time is extrapolated to the whole depth and length by the number of floating-point operations
-of a pass.
+of a pass. Bytes are arithmetic on shapes, so nothing as long as a prompt is made for them.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from elm_lanczos.architectures import full_config
 from elm_lanczos.config import PlanConfig, select_tokens
 from elm_lanczos.errors import ModelError, UsageError, first_line
+from elm_lanczos.footprint import Footprint, spare
 from elm_lanczos.linearization import Linearization
-from elm_lanczos.memory import free_bytes, size
-from elm_lanczos.model import DetachedModel, auto_class, usable_device, usable_precision
+from elm_lanczos.memory import ceiling, free_bytes, size
+from elm_lanczos.model import (
+    DetachedModel,
+    auto_class,
+    find_decoder,
+    find_layers,
+    usable_device,
+    usable_precision,
+)
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import read_prompts
 from elm_lanczos.shared_layer import VOCABULARY, shared_layer_model
@@ -26,7 +36,7 @@ from elm_lanczos.svd.cost import Cost, Rates, faster_dense, price, time_block
 from elm_lanczos.svd.plan import METHODS, Plan, make_plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Of a model without weights: layers that are timed, and on a CPU positions and rows of a block.
 _TIMED_LAYERS, _TIMED_TOKENS, _TIMED_ROWS = 3, 32, 128
@@ -42,8 +52,12 @@ class SystemCost:
         tokens: tokens whose triplets are computed.
         method: the method that a run would follow.
         reason: why, in one line.
+        refusal: why a run would be refused for want of memory, in one line; None if it would not.
         costs: the cost of each method.
-        chain_bytes: what the linearised layers and a block of vectors take.
+        arrays: bytes of each kind of array that a method's state is made of, by method.
+        chain: bytes of each kind of array that the linearised layers and a block of vectors are
+            made of.
+        memory: bytes to work within.
     """
 
     prompt: str
@@ -51,8 +65,23 @@ class SystemCost:
     tokens: int
     method: str
     reason: str
+    refusal: str | None
     costs: dict[str, Cost]
-    chain_bytes: int
+    arrays: dict[str, dict[str, int]]
+    chain: dict[str, int]
+    memory: int
+
+    def cost(self, method: str | None = None) -> Cost:
+        """The cost of one method, the chain's bytes among its bytes.
+
+        Args:
+            method: by default the one that a run would follow.
+
+        Returns:
+            The cost.
+        """
+        cost = self.costs[method or self.method]
+        return replace(cost, bytes=cost.bytes + sum(self.chain.values()))
 
 
 @dataclass(frozen=True)
@@ -86,14 +115,13 @@ class Forecast:
         Returns:
             The cost.
         """
-        costs = [system.costs[method or system.method] for system in self.systems]
+        costs = [system.cost(method) for system in self.systems]
         seconds = [cost.seconds for cost in costs if cost.seconds is not None]
-        chains = [system.chain_bytes for system in self.systems]
         return Cost(
             method or "as chosen",
             sum(cost.passes for cost in costs),
             sum(seconds) if len(seconds) == len(costs) else None,
-            max(cost.bytes + chain for cost, chain in zip(costs, chains, strict=True)),
+            max(cost.bytes for cost in costs),
         )
 
     @property
@@ -102,9 +130,15 @@ class Forecast:
         chosen = {system.method for system in self.systems}
         return None if chosen == {"dense"} else faster_dense(self.total(), self.total("dense"))
 
+    @property
+    def refusal(self) -> str | None:
+        """Why a run would be refused for want of memory, in one line; None if it would not."""
+        return next((system.refusal for system in self.systems if system.refusal), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain data."""
-        return {**asdict(self), "total": asdict(self.total()), "hint": self.hint}
+        derived = {"total": asdict(self.total()), "hint": self.hint, "refusal": self.refusal}
+        return {**asdict(self), **derived}
 
 
 def plan_run(config: PlanConfig, model: DetachedModel | None) -> Forecast:
@@ -121,45 +155,30 @@ def plan_run(config: PlanConfig, model: DetachedModel | None) -> Forecast:
         UsageError: if prompts, lengths or options cannot be used.
         ModelError: if the model cannot be linearised.
     """
-    if model is None:
-        return _of_shape(config)
-    requests = [
-        (name, length + step)
-        for name, length in _requests(config, model)
-        for step in range(max(1, config.generate))
-    ]
-    vocabulary = model.embedding.weight.shape[0]
-    measured = {}
-    for length in sorted({min(r[1] for r in requests), max(r[1] for r in requests)}):
-        ids = torch.arange(length) % vocabulary
-        lin = model.linearize(ids, block=config.batch, memory=config.memory)
-        rates = time_block(TokenOperators(lin, range(length)))
-        measured[length] = rates, lin.held_bytes, lin
-    (low, (slow, low_bytes, _)), (high, (fast, high_bytes, lin)) = (
-        min(measured.items()),
-        max(measured.items()),
-    )
-
-    systems = []
-    for name, length in requests:
-        share = (length - low) / (high - low) if high > low else 0.0
-        rates = Rates(
-            slow.row + share * (fast.row - slow.row), slow.step + share * (fast.step - slow.step)
-        )
-        held = round(low_bytes + share * (high_bytes - low_bytes))
-        systems.append(_system(config, lin, name, length, rates, held))
+    requests = _requests(config, model)
+    lengths = sorted({length for _, length in requests})
+    source = _Shape(config, lengths) if model is None else _Weights(config, model, lengths)
     return Forecast(
-        model=model.name,
-        device=str(model.device),
-        dtype=str(model.compute_dtype).removeprefix("torch."),
+        model=source.name,
+        device=str(source.device),
+        dtype=str(source.dtype).removeprefix("torch."),
         k=config.k,
-        weight_bytes=sum(w.nbytes for w in model.hf_model.parameters()),
-        systems=tuple(systems),
-        basis=f"one block of passes, timed at {' and '.join(f'T = {T}' for T in measured)}",
+        weight_bytes=source.weight_bytes,
+        systems=tuple(_system(config, source, name, length) for name, length in requests),
+        basis=source.basis,
     )
 
 
 def _requests(config: PlanConfig, model: DetachedModel | None) -> list[tuple[str, int]]:
+    """Names and lengths of the linear systems: of each prompt, and of each token to generate."""
+    return [
+        (name, length + step)
+        for name, length in _prompts(config, model)
+        for step in range(max(1, config.generate))
+    ]
+
+
+def _prompts(config: PlanConfig, model: DetachedModel | None) -> list[tuple[str, int]]:
     """Names and lengths of the prompts."""
     if config.length is not None:
         try:
@@ -176,149 +195,235 @@ def _requests(config: PlanConfig, model: DetachedModel | None) -> list[tuple[str
     return [("0", len(model.encode(config.text or "")))]
 
 
-def _plans_of(
-    config: PlanConfig, n: int, m: int, d: int, dtype: torch.dtype, memory: int, block: int
-) -> dict[str, Plan]:
-    """The plan of each method, and under 'chosen' the one that a run would follow."""
-    found = {}
-    for method in (*METHODS[1:], config.method):
-        scratch = config.scratch if method == "dense" else None
-        plan = make_plan(
-            n,
-            m,
-            d,
-            dtype,
+def _system(config: PlanConfig, source: _Weights | _Shape, name: str, length: int) -> SystemCost:
+    """The cost of one linear system by each method."""
+    n, here = len(select_tokens(config.tokens, length)), source.at(length)
+    shape = (n, source.m, source.d)
+
+    def planned(method: str, scratch: str | None) -> Plan:
+        return make_plan(
+            *shape,
+            source.dtype,
             config.k,
             method,
             config.tol,
-            0,
-            memory,
-            vectors=block,
+            memory=here.memory,
+            vectors=here.block,
             scratch=scratch,
             precision=config.precision,
         )
-        found["chosen" if method == config.method and method in found else method] = plan
-    found["chosen"] = found.pop("auto", found.get("chosen", plan))
-    return found
+
+    chosen = planned(config.method, config.scratch)
+    plans = {name: planned(name, None) for name in METHODS[1:]} | {chosen.method: chosen}
+    return SystemCost(
+        name,
+        length,
+        n,
+        chosen.method,
+        chosen.reason,
+        chosen.refusal,
+        price(plans, shape, source.device, here.rates),
+        {method: plan.arrays[method] for method, plan in plans.items()},
+        here.chain,
+        here.memory,
+    )
 
 
-def _system(
-    config: PlanConfig, lin: Linearization, name: str, length: int, rates: Rates, held: int
-) -> SystemCost:
-    n = len(select_tokens(config.tokens, length))
-    _, m, d = lin.shape
-    plans = _plans_of(config, n, m, d, lin.output.dtype, lin.memory, lin.block)
-    chosen = plans.pop("chosen")
-    costs = price(plans, (n, m, d), lin.inputs.device, rates)
-    return SystemCost(name, length, n, chosen.method, chosen.reason, costs, held)
+@dataclass(frozen=True)
+class _AtLength:
+    """What the linear systems of one length are like.
+
+    Attributes:
+        rates: seconds of a pass; None where they are not known.
+        chain: bytes of the linearised layers and a block of vectors, by kind of array.
+        memory: bytes that the chain leaves for what is done with the products.
+        block: vectors pushed through at a time.
+    """
+
+    rates: Rates | None
+    chain: dict[str, int]
+    memory: int
+    block: int
+
+
+# -------------------------------------------------------------------------- from the weights
+
+
+class _Weights:
+    """The linear systems of a model with weights, timed at the shortest and the longest length."""
+
+    def __init__(self, config: PlanConfig, model: DetachedModel, lengths: Sequence[int]) -> None:
+        self.name, self.device, self.dtype = model.name, model.device, model.compute_dtype
+        self.weight_bytes = sum(weight.nbytes for weight in model.hf_model.parameters())
+        self.batch = config.batch
+        self.timed: dict[int, Rates] = {}
+        vocabulary = model.embedding.weight.shape[0]
+        for length in dict.fromkeys((lengths[0], lengths[-1])):
+            ids = torch.arange(length) % vocabulary
+            lin = model.linearize(ids, block=config.batch, memory=config.memory)
+            self.timed[length] = time_block(TokenOperators(lin, range(length)))
+        self.memory, (_, self.m, self.d) = lin.memory, lin.shape
+        self.footprint = lin.footprint
+        self.basis = f"one block of passes, timed at {_lengths(self.timed)}"
+
+    def at(self, length: int) -> _AtLength:
+        """The systems of a length; their rates lie between those that were timed."""
+        (low, slow), (high, fast) = min(self.timed.items()), max(self.timed.items())
+        share = (length - low) / (high - low) if high > low else 0.0
+        row, step = (
+            slow.row + share * (fast.row - slow.row),
+            slow.step + share * (fast.step - slow.step),
+        )
+        block = self.batch or self.footprint.block(length, self.memory)
+        keep = self.footprint.is_kept(length, self.memory)
+        arrays = self.footprint.arrays(length, block, keep=keep)
+        return _AtLength(Rates(row, step), arrays, spare(self.memory, arrays), block)
+
+
+def _lengths(timed: Iterable[int]) -> str:
+    return " and ".join(f"T = {T}" for T in sorted(timed))
 
 
 # ------------------------------------------------------------------- from a configuration
 
 
-def _of_shape(config: PlanConfig) -> Forecast:
-    """The forecast for a model of which only the configuration is known."""
-    requests = _requests(config, None)
+class _Shape:
+    """The linear systems of a model of which only the configuration is known.
+
+    A few of its layers are built with random weights and timed, on a CPU at a few tokens.
+    """
+
+    def __init__(self, config: PlanConfig, lengths: Sequence[int]) -> None:
+        source = _configuration(config)
+        self.name = getattr(source, "_name_or_path", "") or source.model_type
+        self.device = usable_device(config.device or "cpu")
+        self.dtype = getattr(torch, config.compute_dtype or "float32")
+        usable_precision(config.precision, self.device, self.dtype)
+        model, stored = _without_weights(source, config), _stored(config)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        self.weight_bytes = parameters * stored.itemsize
+        self.batch, self.memory = config.batch, config.memory or ceiling(self.device)
+        decoder = find_decoder(model)
+        layers = find_layers(decoder)
+        sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
+        made = sum(sizes) * self.dtype.itemsize if stored != self.dtype else 0
+        table = model.get_input_embeddings().weight
+        self.footprint = Footprint.of(decoder, layers, table, self.dtype, made=made)
+        self.m = self.d = self.footprint.hidden
+        largest = max(sizes, default=parameters) * self.dtype.itemsize
+        self.timed: dict[int, _Timed] = {}
+        unknown = ""
+        for T in dict.fromkeys(self.timed_length(length) for length in lengths):
+            try:
+                # Filled with random weights, it would be the system that ends the process.
+                if largest > (free := free_bytes(self.device)) // 2:
+                    raise MemoryError(f"one takes about {size(largest)}, and {size(free)} are free")
+                self.timed[T] = _timed_layers(source, T, self.device, self.dtype, config)
+            except UsageError:
+                raise
+            except Exception as error:  # layers that cannot be shared, or run with so little else
+                unknown = f"layers of this shape cannot be timed here ({first_line(error)})"
+        few, depth = min(_TIMED_LAYERS, len(layers)), len(layers)
+        found = f"{few} of {depth} layers with random weights, timed at {_lengths(self.timed)}"
+        self.basis = f"no seconds: {unknown}" if unknown else f"{found}, extrapolated"
+        self.basis += f"; {depth} layers, {parameters / 1e9:.3g} billion parameters"
+
+    def timed_length(self, length: int) -> int:
+        """The length at which the layers are timed for a prompt of some length."""
+        return length if self.device.type == "cuda" else min(length, _TIMED_TOKENS)
+
+    def at(self, length: int) -> _AtLength:
+        """The systems of a length; their rates are extrapolated by floating-point operations."""
+        block = self.batch or self.footprint.block(length, self.memory)
+        keep = self.footprint.is_kept(length, self.memory)
+        arrays = self.footprint.arrays(length, block, keep=keep)
+        T = self.timed_length(length)
+        rates = None
+        if (timed := self.timed.get(T)) is not None:
+            depth = self.footprint.depth
+            attending = depth - timed.narrowed
+            attention = self.footprint.attention_flops(T, 1) * attending
+            linear = timed.flops + (depth - timed.layers) * timed.flops_of_layer - attention
+            wanted = self.footprint.attention_flops(length, block) * attending
+            wanted += linear * length / T
+            rates = timed.rates.times(wanted / timed.flops)
+        return _AtLength(rates, arrays, spare(self.memory, arrays), block)
+
+
+def _configuration(config: PlanConfig) -> PreTrainedConfig:
+    """The configuration that is named, or the defaults of a model type."""
     options = {"revision": config.revision} if config.revision is not None else {}
     source = full_config(config.model or "", trust_remote_code=config.trust_remote_code, **options)
-    if isinstance(source, str):
-        from transformers import AutoConfig
+    if not isinstance(source, str):
+        return source
+    from transformers import AutoConfig
 
-        source = AutoConfig.for_model(source)
-    device = usable_device(config.device or "cpu")
-    dtype = getattr(torch, config.compute_dtype or "float32")
-    usable_precision(config.precision, device, dtype)
+    found: PreTrainedConfig = AutoConfig.for_model(source)
+    return found
+
+
+def _without_weights(source: PreTrainedConfig, config: PlanConfig) -> PreTrainedModel:
+    """The model of a configuration, on the meta device."""
     try:
         with torch.device("meta"):
-            shape = auto_class(source).from_config(source)
-        parameters = sum(weight.numel() for weight in shape.parameters())
+            model: PreTrainedModel = auto_class(source).from_config(source)
     except Exception as error:  # modelling code raises anything where a configuration is wrong
         raise ModelError(
             f"no model can be built from {config.model}: {first_line(error)}"
         ) from error
-    text = source.get_text_config(decoder=True)
-    depth, width = text.num_hidden_layers, text.hidden_size
-    memory = config.memory or free_bytes(device) // 2
-    stored = torch.bfloat16 if config.dtype in (None, "auto") else getattr(torch, config.dtype)
-    systems, basis = [], ""
-    for name, length in requests:
-        n = len(select_tokens(config.tokens, length))
-        try:
-            # Filled with random weights, it would be the system that ends the process.
-            if (layer := parameters // depth * dtype.itemsize) > (free := free_bytes(device)) // 2:
-                raise MemoryError(f"one takes about {size(layer)}, and {size(free)} are free")
-            timed = _timed_layers(source, length, device, dtype, config)
-        except UsageError:
-            raise
-        except Exception as error:  # layers that cannot be shared, or run with so little else
-            timed = None
-            basis = f"no seconds: layers of this shape cannot be timed here ({first_line(error)})"
-        block = timed.block if timed else 64
-        plans = _plans_of(config, n, width, width, dtype, memory, block)
-        chosen = plans.pop("chosen")
-        if timed is None:
-            costs = {k: Cost(k, p.passes[k], None, p.bytes[k]) for k, p in plans.items()}
-        else:
-            costs = price(plans, (n, width, width), device, timed.rates)
-            basis = timed.basis
-        held = timed.bytes if timed else 0
-        systems.append(SystemCost(name, length, n, chosen.method, chosen.reason, costs, held))
-    return Forecast(
-        model=getattr(source, "_name_or_path", "") or source.model_type,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        k=config.k,
-        weight_bytes=parameters * stored.itemsize,
-        systems=tuple(systems),
-        basis=f"{basis}; {depth} layers, {parameters / 1e9:.3g} billion parameters",
-    )
+    return model
+
+
+def _stored(config: PlanConfig) -> torch.dtype:
+    """What the weights are stored in: as most checkpoints, if nothing else is asked for."""
+    stored: torch.dtype = getattr(torch, "bfloat16" if config.dtype == "auto" else config.dtype)
+    return stored
 
 
 @dataclass(frozen=True)
 class _Timed:
+    """What a few layers take.
+
+    Attributes:
+        rates: seconds of a pass through them.
+        layers: how many they are.
+        flops: floating-point operations of a pass.
+        flops_of_layer: of these, those of one layer more.
+        narrowed: whether the last one is run for the output position alone.
+    """
+
     rates: Rates
-    bytes: int
-    block: int
-    basis: str
+    layers: int
+    flops: int
+    flops_of_layer: int
+    narrowed: bool
 
 
 def _timed_layers(
     source: PreTrainedConfig,
-    length: int,
+    T: int,
     device: torch.device,
     dtype: torch.dtype,
     config: PlanConfig,
 ) -> _Timed:
-    """Times a few layers of random weights and extrapolates to the whole depth and length."""
-    text = source.get_text_config(decoder=True)
-    depth = text.num_hidden_layers
-    few = min(depth, _TIMED_LAYERS)
-    T = length if device.type == "cuda" else min(length, _TIMED_TOKENS)
+    """Times a few layers of random weights at T tokens."""
+    few = min(source.get_text_config(decoder=True).num_hidden_layers, _TIMED_LAYERS)
     block = config.batch or (None if device.type == "cuda" else max(1, _TIMED_ROWS // T))
     model = shared_layer_model(source, few, device, dtype)
-    ids = torch.arange(T) % VOCABULARY
-    decoder: Any = model.decoder
-    layers, flops = decoder.layers, {}
-    for depth_run in range(max(1, few - 1), few + 1):
-        decoder.layers = layers[:depth_run]
-        shorter = DetachedModel(model.hf_model, gate=config.gate, precision=config.precision)
-        lin = shorter.linearize(ids, block=block, memory=config.memory)
-        flops[depth_run] = _flops(lin)
-    rates = time_block(TokenOperators(lin, range(T)))
-    per_layer = flops[few] - flops.get(few - 1, 0)
-    whole = flops[few] + (depth - few) * per_layer
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = 2 * T**2 * text.num_attention_heads * head_dim * (depth - lin.narrowed)
-    growth = length / T
-    wanted = (whole - attention) * growth + attention * growth**2
-    return _Timed(
-        rates=rates.times(wanted / flops[few]),
-        bytes=round(lin.held_bytes * depth / few * growth),
-        block=Linearization.default_block(length, lin.width, dtype.itemsize, lin.memory)
-        if config.batch is None
-        else config.batch,
-        basis=f"{few} of {depth} layers with random weights, timed at T = {T}, extrapolated",
-    )
+
+    def linearized() -> Linearization:
+        shape = DetachedModel(model.hf_model, gate=config.gate, precision=config.precision)
+        return shape.linearize(torch.arange(T) % VOCABULARY, block=block, memory=config.memory)
+
+    lin = linearized()
+    rates, flops = time_block(TokenOperators(lin, range(T))), _flops(lin)
+    shorter = 0
+    if few > 1:
+        lists = (m for m in model.decoder.modules() if isinstance(m, nn.ModuleList))
+        (last,) = (layers for layers in lists if list(layers) == model.layers)
+        del last[-1]
+        shorter = _flops(linearized())
+    return _Timed(rates, few, flops, flops - shorter, lin.narrowed)
 
 
 def _flops(lin: Linearization) -> int:

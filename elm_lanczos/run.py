@@ -417,7 +417,10 @@ def _plan(batch: TokenOperators, memory: int, config: RunConfig, number: int, st
     """The plan of one linear system; its seed depends on the run's, the prompt and the step."""
     seed = int(np.random.SeedSequence([config.seed, number, step]).generate_state(1)[0])
     options = (config.k, config.method, config.tol, seed, memory)
-    return plan_for(batch, *options, scratch=config.scratch)
+    plan = plan_for(batch, *options, scratch=config.scratch)
+    if plan.refusal:
+        raise UsageError(plan.refusal)
+    return plan
 
 
 def _hint(batch: TokenOperators, config: RunConfig, plan: Plan) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from elm_lanczos.model import DetachedModel, auto_class
+from elm_lanczos.model import DetachedModel, auto_class, find_decoder, find_layers
 from elm_lanczos.storage import slots
 
 if TYPE_CHECKING:
@@ -44,13 +44,14 @@ def shared_layer_model(
     """
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers or config.num_hidden_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    types = getattr(config, "layer_types", None) or ()
+    if len(types) > config.num_hidden_layers:  # of some models they follow from the number
+        config.layer_types = types[: config.num_hidden_layers]
     config.vocab_size = VOCABULARY
     config.pad_token_id = None  # a row of the embedding that there may not be
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype).eval()
-    first, *others = model.get_decoder().layers
+    first, *others = find_layers(find_decoder(model))
     for layer in others:
         for slot, shared in zip(slots(layer), slots(first), strict=True):
             slot.table[slot.name] = shared.tensor

@@ -12,12 +12,15 @@ import elm_lanczos
 PACKAGE = Path(elm_lanczos.__file__).parent
 ORDER = [
     ["errors", "lazy", "memory", "status"],
-    ["attention"],
     ["freezing"],
+    ["masks"],
+    ["blockwise"],
+    ["attention"],
     ["rules", "storage"],
     ["conventions"],
     ["model"],
     ["chain"],
+    ["footprint"],
     ["linearization"],
     ["operators"],
     ["svd"],

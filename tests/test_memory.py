@@ -14,9 +14,9 @@ from elm_lanczos.memory import duration, free_bytes, size
 BYTES = {
     unit: 1024**i for i, unit in enumerate(["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
 }
-SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "years": 365 * 86400}
 # A unit gives way to the next one before its number reaches this.
-LIMITS = {**dict.fromkeys(BYTES, 1000), "s": 60, "min": 60, "h": 24}
+LIMITS = {**dict.fromkeys(BYTES, 1000), "s": 60, "min": 60, "h": 24, "d": 365}
 
 
 def number_and_unit(text: str) -> tuple[float, str]:
@@ -58,6 +58,8 @@ def test_sizes(amount: float, words: str) -> None:
         (18360, "5.1 h"),
         (86000, "1.0 d"),
         (19 * 86400, "19 d"),
+        (364.7 * 86400, "1.0 years"),
+        (365e3 * 86400, "1000 years"),
     ],
 )
 def test_durations(seconds: float, words: str) -> None:

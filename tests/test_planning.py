@@ -15,7 +15,7 @@ from elm_lanczos.errors import UsageError
 from elm_lanczos.memory import size
 from elm_lanczos.planning import Forecast, SystemCost, plan_run
 from elm_lanczos.run import load_model, run
-from elm_lanczos.svd.cost import Cost
+from elm_lanczos.svd.cost import Cost, Rates
 from tests.test_cli import command, files  # noqa: F401  # fixtures
 from tests.test_run import Listener
 
@@ -28,7 +28,8 @@ def checked(report: dict[str, Any]) -> dict[str, Any]:
     chosen = [system["costs"][system["method"]] for system in systems]
     assert total["passes"] == sum(cost["passes"] for cost in chosen)
     assert total["bytes"] == max(
-        cost["bytes"] + system["chain_bytes"] for cost, system in zip(chosen, systems, strict=True)
+        cost["bytes"] + sum(system["chain"].values())
+        for cost, system in zip(chosen, systems, strict=True)
     )
     if total["seconds"] is not None:
         assert total["seconds"] == pytest.approx(sum(cost["seconds"] for cost in chosen))
@@ -38,11 +39,13 @@ def checked(report: dict[str, Any]) -> dict[str, Any]:
     else:
         assert report["hint"] is None
     for system in systems:
-        assert set(system["costs"]) == METHODS
+        assert set(system["costs"]) == set(system["arrays"]) == METHODS
+        assert all(held > 0 for held in system["chain"].values()) and system["chain"]
         assert 1 <= system["tokens"] <= system["length"]
         for name, cost in system["costs"].items():
             assert cost["method"] == name and cost["passes"] > 0 and cost["bytes"] > 0
             assert cost["seconds"] is None or cost["seconds"] > 0
+            assert sum(system["arrays"][name].values()) == cost["bytes"]
     return report
 
 
@@ -85,8 +88,8 @@ def test_generated_tokens_and_chosen_tokens(planned: Any, tiny_folder: Path) -> 
     report = planned(tiny_folder, "--length", 5, "--generate", 3, "--tokens", "last:2", "--k", 2)
     assert [s["length"] for s in report["systems"]] == [5, 6, 7]
     assert [s["tokens"] for s in report["systems"]] == [2, 2, 2]
-    one = planned(tiny_folder, "--length", 5, "--tokens", "last:2", "--k", 2)
-    assert report["total"]["passes"] == 3 * one["total"]["passes"]
+    # Two tokens cost the same passes in each.
+    assert len({s["costs"][s["method"]]["passes"] for s in report["systems"]}) == 1
 
 
 @pytest.mark.parametrize("method", [*sorted(METHODS), "auto"])
@@ -97,8 +100,11 @@ def test_methods(planned: Any, tiny_folder: Path, tmp_path: Path, method: str) -
     assert system["reason"].startswith(system["method"])
     if method == "dense":
         assert report["hint"] is None
-        filed = planned(tiny_folder, "--length", 5, "--method", method, "--scratch", tmp_path)
-        assert filed["systems"][0]["costs"]["dense"]["bytes"] > 0
+        filed = planned(
+            tiny_folder, "--length", 5, "--method", method, "--k", 2, "--scratch", tmp_path
+        )
+        in_memory, in_file = (r["systems"][0]["arrays"]["dense"] for r in (report, filed))
+        assert in_file == {**in_memory, "Jacobians": 0} != in_memory
 
 
 def test_plan_and_run_follow_the_same_plan(planned: Any, tiny_folder: Path, tmp_path: Path) -> None:
@@ -121,6 +127,7 @@ def test_a_table_for_people(command: Any, tiny_folder: Path, monkeypatch: Any) -
         assert (code, err) == (0, "")
         assert max(map(len, out.splitlines())) <= 100
         assert all(name in out for name in METHODS) and "▸" in out
+        assert all(f"\n {name} " in out for name in ("gates and scales", "block of vectors", "all"))
     assert "… 4 more" in out and "all" in out  # 16 prompts, of which 12 are shown
 
 
@@ -128,29 +135,85 @@ def test_a_configuration_alone(planned: Any, tmp_path: Path) -> None:
     small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     config = transformers.LlamaConfig(num_hidden_layers=5, **small)
     config.save_pretrained(tmp_path)
-    for source in (tmp_path, tmp_path / "config.json"):
-        report = planned(source, "--random", "--length", "8,100", "--k", 2)
-        assert [s["length"] for s in report["systems"]] == [8, 100]
-        assert report["total"]["seconds"] > 0 and "of 5 layers" in report["basis"]
+    reports = []
+    for source, dtype in ((tmp_path, "auto"), (tmp_path / "config.json", "float32")):
+        given = ["--random", "--length", "8,100", "--k", 2, "--dtype", dtype]
+        reports.append(planned(source, *given))
+        assert [s["length"] for s in reports[-1]["systems"]] == [8, 100]
+        assert reports[-1]["total"]["seconds"] > 0 and "of 5 layers" in reports[-1]["basis"]
     with torch.device("meta"):
         count = sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
-    assert report["weight_bytes"] == 2 * count  # as checkpoints are: bfloat16
-    wide = planned(tmp_path, "--random", "--length", "8", "--dtype", "float32", "--k", 2)
-    assert wide["weight_bytes"] == 4 * count
+    # As checkpoints are: bfloat16, which is raised to be computed in.
+    assert [report["weight_bytes"] for report in reports] == [2 * count, 4 * count]
+    raised = ["weights raised" in report["systems"][0]["chain"] for report in reports]
+    assert raised == [True, False]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mamba"])
-def test_layers_that_cannot_be_timed_leave_the_passes(
+def test_layers_are_timed_wherever_the_decoder_keeps_them(
     planned: Any, tmp_path: Path, kind: str
 ) -> None:
-    sizes: dict[str, int] = {"hidden_size": 32, "num_hidden_layers": 2}
+    sizes: dict[str, int] = {"hidden_size": 32, "num_hidden_layers": 4}
     sizes |= {"num_attention_heads": 2} if kind == "gpt2" else {}
-    config = transformers.AutoConfig.for_model(kind, **sizes)
-    config.save_pretrained(tmp_path)
-    report = planned(tmp_path, "--random", "--length", "8", "--k", 2)
-    assert report["total"]["passes"] > 0
-    if report["total"]["seconds"] is None:
-        assert "cannot be timed" in report["basis"]
+    transformers.AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path)
+    report = planned(tmp_path, "--random", "--length", "8", "--k", 2, "--generate", 2)
+    assert [s["length"] for s in report["systems"]] == [8, 9]
+    assert report["total"]["seconds"] > 0
+    assert report["basis"].startswith("3 of 4 layers with random weights, timed at T = 8 and T = 9")
+    assert ("attention probabilities" in report["systems"][0]["chain"]) == (kind == "gpt2")
+
+
+def test_few_layers_are_timed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    from elm_lanczos import planning
+
+    timed: list[int] = []
+
+    def one(_source: Any, T: int, *_: Any) -> Any:
+        timed.append(T)
+        return planning._Timed(Rates(1.0, 1.0), 2, 2 * T, T, False)
+
+    monkeypatch.setattr(planning, "_timed_layers", one)
+    monkeypatch.setattr(planning, "price", lambda plans, _shape, _device, rates: rates)
+    config = PlanConfig(model="mamba", length="100000,8,50000,32", k=2, batch=1)
+    rates = [system.costs for system in plan_run(config, None).systems]
+    assert timed == [8, 32]  # on a CPU, never more
+    # Without attention time is proportional to tokens and to the 32 layers of mamba's defaults.
+    assert [r.row for r in rates] == pytest.approx([16 * 1e5 / 32, 16, 16 * 5e4 / 32, 16])  # type: ignore[attr-defined]
+
+
+def test_nothing_grows_with_the_square_of_a_long_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    from elm_lanczos import planning
+
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 2**28)  # too little to time a layer
+    lengths = (16, 2**16, 2**17)
+    given = ",".join(map(str, lengths))
+    config = PlanConfig(model="llama", length=given, k=2, tokens="last:1", memory=2**28, batch=1)
+    short, long, longer = (system.chain for system in plan_run(config, None).systems)
+    assert "attention probabilities" in short and "queries and keys" not in short
+    assert "attention probabilities" not in long and "queries and keys" in long
+    # 32 layers' inputs and the output of the last, d = 4096, float32
+    assert long["residual streams"] == 33 * 4096 * 2**16 * 4
+    assert {name: 2 * held for name, held in long.items() if name != "weights raised"} == {
+        name: held for name, held in longer.items() if name != "weights raised"
+    }
+
+
+def test_memory_too_small_for_one_operator_is_said_and_refused(
+    planned: Any,
+    command: Any,  # noqa: F811
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    given = [tiny_folder, "--length", 5, "--k", 2, "--memory", "1KiB"]
+    report = planned(*given)
+    assert report["refusal"] == report["systems"][0]["refusal"]
+    assert "give more with --memory" in report["refusal"]
+    _, out, _ = command("plan", *given)
+    assert "a run is refused" in out and "more than the 1.0 KiB" in " ".join(out.split())
+    options = ["--k", 2, "--memory", "1KiB", "--out", tmp_path / "r.zarr"]
+    code, out, err = command("run", "--model", tiny_folder, "--text", "peace", *options)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and "1.0 KiB may be used" in err
 
 
 def test_layers_larger_than_the_memory_are_not_built(
@@ -193,6 +256,8 @@ def test_mistakes_get_one_clear_line(command: Any, tiny_folder: Path, tmp_path: 
         ([*tiny, "--precision", "tf32"], 2, "'tf32' is for float32 on a CUDA device"),
         ([*tiny, "--precision", "bf16"], 2, "--precision"),
         ([*tiny, "--method", "dense", "--scratch", tmp_path / "no"], 2, "scratch must be a folder"),
+        ([*tiny, "--scratch", tmp_path], 2, "a scratch file keeps the rows of method 'dense'"),
+        ([*tiny, "--method", "stream", "--scratch", tmp_path], 2, "rows of method 'dense'"),
         ([*tiny, "--device", "cuda:77"], 2, "device 'cuda:77'"),
         ([tmp_path / "gpt2", "--length", "17"], 1, "does not run on this input"),
         ([tmp_path / "nowhere", "--length", "8"], 1, "was not found"),
@@ -219,7 +284,7 @@ def forecast(chosen: str, seconds: tuple[float | None, float | None]) -> Forecas
         "dense": Cost("dense", 4, seconds[1], 70),
     }
     systems = tuple(
-        SystemCost(name, 9, 9, chosen, "because", costs, extra)
+        SystemCost(name, 9, 9, chosen, "because", None, costs, {}, {"gates": extra}, 2**30)
         for name, extra in (("a", 1), ("b", 2))
     )
     return Forecast("m", "cpu", "float32", 2, 8, systems, "nothing")
@@ -253,11 +318,13 @@ def test_run_says_once_that_dense_would_be_faster(
     monkeypatch.setattr(module, "_WORTH_SECONDS", 0.0)  # of a tiny model no prompt takes long
     (tmp_path / "p.txt").write_text("peace and security\n\nthe Soviet Union\n")
     out, listener = tmp_path / "r.zarr", Listener()
-    options = {"seq_file": str(tmp_path / "p.txt"), "k": 4, "method": method}
+    options = {"seq_file": str(tmp_path / "p.txt"), "k": 2, "method": method, "tokens": "last:2"}
     config = RunConfig(model=str(tiny_folder), out=str(out), **options)  # type: ignore[arg-type]
     run(config, listener)
     said = [] if method == "dense" else ["dense is faster"]
     assert listener.notes == said and asked == [method] * len(said)
+    if method == "dense":
+        return  # nothing to be said again
     again = Listener()
     run(config, again, resume=True)
     assert again.notes == []

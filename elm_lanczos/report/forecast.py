@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elm_lanczos.memory import duration, size
-from elm_lanczos.planning import Forecast
+from elm_lanczos.planning import Forecast, SystemCost
 from elm_lanczos.report.text import printable
 from elm_lanczos.svd.cost import Cost
 
@@ -31,11 +31,10 @@ def render_forecast(forecast: Forecast) -> RenderableType:
     several = len(forecast.systems) > 1
     for system in forecast.systems[: _ONE_BY_ONE if several else 1]:
         first = True
-        for method, cost in system.costs.items():
+        for method in system.costs:
             chosen = method == system.method
-            shown = Cost(method, cost.passes, cost.seconds, cost.bytes + system.chain_bytes)
             lead = (_shortened(system.prompt), f"{system.tokens}") if first else ("", "")
-            _add(table, lead, shown, chosen=chosen)
+            _add(table, lead, system.cost(method), chosen=chosen)
             first = False
     if several:
         left_out = len(forecast.systems) - _ONE_BY_ONE
@@ -54,10 +53,30 @@ def render_forecast(forecast: Forecast) -> RenderableType:
     if not several:
         notes.insert(0, forecast.systems[0].reason)
     parts: list[RenderableType] = [Text(line) for line in lines]
-    parts += [table, *(Text(printable(note), style="dim") for note in notes)]
+    largest = max(forecast.systems, key=lambda system: system.cost().bytes)
+    parts += [table, _arrays(largest), *(Text(printable(note), style="dim") for note in notes)]
+    if (held := sum(largest.chain.values())) > largest.memory:
+        alone = f"the linearised layers and a block of vectors alone take {size(held)}"
+        parts.append(Text(f"{alone}, more than the {size(largest.memory)} to use", style="yellow"))
+    if forecast.refusal:
+        parts.append(Text(f"a run is refused: {forecast.refusal}", style="red"))
     if forecast.hint:
         parts.append(Text(forecast.hint, style="yellow"))
     return Group(*parts)
+
+
+def _arrays(system: SystemCost) -> Table:
+    """What the memory of the method chosen is made of, from the weights on."""
+    title = f"{system.method}, {_shortened(system.prompt)}"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column(title)
+    table.add_column("memory", justify="right")
+    for arrays in (system.chain, system.arrays[system.method]):
+        for name, held in arrays.items():
+            table.add_row(name, size(held))
+        table.add_section()
+    table.add_row("all", size(system.cost().bytes), style="bold")
+    return table
 
 
 def _add(table: Table, lead: tuple[str, str], cost: Cost, *, chosen: bool) -> None:

@@ -113,7 +113,10 @@ def faster_dense(chosen: Cost, dense: Cost) -> str | None:
 
 
 def price(
-    plans: Mapping[str, Plan], shape: tuple[int, int, int], device: torch.device, rates: Rates
+    plans: Mapping[str, Plan],
+    shape: tuple[int, int, int],
+    device: torch.device,
+    rates: Rates | None,
 ) -> dict[str, Cost]:
     """The cost of plans for n operators of shape m×d, given how fast the operators are.
 
@@ -121,17 +124,18 @@ def price(
         plans: A plan for each method.
         shape: (n, m, d).
         device: Where the algebra runs.
-        rates: Seconds of a pass.
+        rates: Seconds of a pass; None where they are not known.
 
     Returns:
-        A cost for each method.
+        A cost for each method, without seconds where there are no rates.
     """
     n, m, d = shape
     found = {}
     for method, plan in plans.items():
-        passes = plan.passes[method]
-        seconds = passes * (rates.step if method == "lanczos" else rates.row)
-        seconds += n * algebra_seconds(plan, min(n, _MOST_STAND_INS), m, d, device)
+        passes, seconds = plan.passes[method], None
+        if rates is not None:
+            seconds = passes * (rates.step if method == "lanczos" else rates.row)
+            seconds += n * algebra_seconds(plan, min(n, _MOST_STAND_INS), m, d, device)
         found[method] = Cost(method, passes, seconds, plan.bytes[method])
     return found
 
@@ -200,7 +204,7 @@ def algebra_seconds(plan: Plan, n: int, m: int, d: int, device: torch.device) ->
         method="stream" if plan.method == "dense" and plan.solver == "krylov" else plan.method,
         memory=0,
         passes={},
-        bytes={},
+        arrays={},
         reason="",
         tol=0.0,
         panel=2**62,

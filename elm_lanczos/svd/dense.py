@@ -63,7 +63,7 @@ def dense(
             matrices[position] = J[:0]
             parts = zip(index.split(plan.together), J.split(plan.together), strict=True)
             found = [_solve(batch, plan, some, part.to(batch.device)) for some, part in parts]
-            yield position, SVDResult.concatenate(found)
+            yield position, SVDResult.concatenate(found, found[0].passes)
 
 
 def _storage(batch: OperatorBatch, plan: Plan, g: int, scratch: contextlib.ExitStack) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from elm_lanczos.errors import UsageError
-from elm_lanczos.memory import ceiling
+from elm_lanczos.memory import ceiling, size
 
 METHODS = ("auto", "lanczos", "stream", "dense")
 DEFAULT_TOL = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -56,7 +56,7 @@ class Plan:
         scratch: dense: folder of the file that keeps the rows; None keeps them in memory.
         memory: Bytes to work within.
         passes: Predicted passes by method.
-        bytes: Predicted bytes by method, of one panel.
+        arrays: Predicted bytes by method, of each kind of array of one panel.
         reason: Why this method, in one line.
     """
 
@@ -80,8 +80,25 @@ class Plan:
     scratch: str | None
     memory: int
     passes: dict[str, int] = field(hash=False)
-    bytes: dict[str, int] = field(hash=False)
+    arrays: dict[str, dict[str, int]] = field(hash=False)
     reason: str
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Predicted bytes by method, of one panel."""
+        return {method: sum(sizes.values()) for method, sizes in self.arrays.items()}
+
+    @property
+    def refusal(self) -> str | None:
+        """One line saying that not even one operator's state fits the memory, if it does not."""
+        needed = self.bytes[self.method]
+        if needed <= self.memory:
+            return None
+        largest = max(self.arrays[self.method].items(), key=lambda array: array[1])
+        return (
+            f"{self.method} needs {size(needed)} ({size(largest[1])} of it {largest[0]}), "
+            f"and {size(self.memory)} may be used: give more with --memory, or fewer --tokens"
+        )
 
 
 def make_plan(
@@ -154,8 +171,20 @@ def make_plan(
 
     # Bytes an operator's state takes: bases and the vectors that are being made. Lanczos keeps the
     # products too, and both twice while operators that have finished are taken out.
-    lanczos_bytes = (4 * (lanczos_basis + BLOCK) + 8 * k + 8) * (m + d) * item
-    stream_bytes = stream_basis * (2 * m + 2 * d) * item
+    vectors_made = (lanczos_basis + BLOCK) * (m + d) * item
+    lanczos_state = {
+        "Krylov bases": vectors_made,
+        "products kept": vectors_made,
+        "copies as operators leave": 2 * vectors_made,
+        "triplets and new vectors": (8 * k + 8) * (m + d) * item,
+    }
+    stream_state = {
+        "Krylov basis V": stream_basis * d * item,
+        "J V": stream_basis * m * item,
+        "JᵀJ V": stream_basis * d * item,
+        "block, sums and copies": stream_basis * m * item,
+    }
+    lanczos_bytes, stream_bytes = sum(lanczos_state.values()), sum(stream_state.values())
     dense_bytes = m * d * item
     cotangents = _cotangent_block(vectors, m, memory // (8 * n * d * item))
     rows_bytes = 2 * cotangents * n * d * item
@@ -178,10 +207,20 @@ def make_plan(
         "stream": math.ceil(n / several) * _stream_passes(several, m, d, width, k, tol),
         "dense": math.ceil(n / stored) * m,
     }
-    needed = {
-        "lanczos": lockstep * lanczos_bytes + rows_bytes,
-        "stream": several * stream_bytes + rows_bytes,
-        "dense": stored * dense_bytes * in_memory + solved_bytes + rows_bytes,
+    arrays = {
+        "lanczos": {
+            **{name: lockstep * one for name, one in lanczos_state.items()},
+            "rows of a block": rows_bytes,
+        },
+        "stream": {
+            **{name: several * one for name, one in stream_state.items()},
+            "rows flowing by": rows_bytes,
+        },
+        "dense": {
+            "Jacobians": stored * dense_bytes * in_memory,
+            "matrices being solved": solved_bytes,
+            "rows flowing by": rows_bytes,
+        },
     }
     if method == "auto":
         # Where each operator has vectors of its own, few operators leave the blocks almost empty.
@@ -189,11 +228,17 @@ def make_plan(
         slower = 1 + vectors / (16 * at_a_time)
         chosen = "lanczos" if passes["lanczos"] * slower <= passes["stream"] else "stream"
         other = "stream" if chosen == "lanczos" else "lanczos"
+        fits = {name: sum(arrays[name].values()) <= memory for name in (chosen, other)}
+        crowded_out = fits[other] and not fits[chosen]
+        if crowded_out:
+            chosen, other = other, chosen
         reason = (
             f"{chosen}: about {passes[chosen]} passes for {n} operators of {m}×{d}, "
             f"against {passes[other]} by {other}"
         )
-        if passes[other] < passes[chosen]:
+        if crowded_out:
+            reason += ", which needs more than the memory"
+        elif passes[other] < passes[chosen]:
             reason += f", which makes only {at_a_time} at a time"
     else:
         chosen, reason = method, f"{method}: asked for"
@@ -218,7 +263,7 @@ def make_plan(
         scratch=scratch,
         memory=int(memory),
         passes=passes,
-        bytes=needed,
+        arrays=arrays,
         reason=reason,
     )
 

@@ -83,14 +83,15 @@ class SVDResult:
         return met
 
     @staticmethod
-    def concatenate(results: Sequence[SVDResult]) -> SVDResult:
+    def concatenate(results: Sequence[SVDResult], passes: int) -> SVDResult:
         """One result of several for different operators, in the order given.
 
         Args:
             results: At least one; all of one method, k and shape.
+            passes: JVPs and VJPs made for them; one may have served several.
 
         Returns:
-            The whole. Streams serve several operators at once, so their passes are not added up.
+            The whole.
         """
         first = results[0]
         per_operator: dict[str, Any] = {
@@ -98,13 +99,12 @@ class SVDResult:
             for name, value in vars(first).items()
             if isinstance(value, Tensor)
         }
-        passes = [result.passes for result in results]
         return replace(
             first,
             **per_operator,
             clusters=sum((result.clusters for result in results), ()),
             tokens=sum((result.tokens for result in results), ()),
-            passes=sum(passes) if first.method == "lanczos" else max(passes),
+            passes=passes,
         )
 
     def decode(self, model: Any, top: int = 8) -> Any:

@@ -8,7 +8,6 @@ a resumed run repeats them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,11 +61,15 @@ def svd(
         as far as it came and says so in its status.
 
     Raises:
-        UsageError: Where k, method, tol, seed, memory or tokens cannot be used.
+        UsageError: Where k, method, tol, seed, memory or tokens cannot be used, or the memory has
+            no room for even one operator.
         ValueError: Where A is no operator.
     """
     batch = as_batch(A, tokens)
-    plan = plan or plan_for(batch, k, method, tol, seed, memory, scratch=scratch)
+    if plan is None:
+        plan = plan_for(batch, k, method, tol, seed, memory, scratch=scratch)
+        if plan.refusal:
+            raise UsageError(plan.refusal)
     n, size = batch.shape[0], min(GROUP, plan.panel)
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
     made = 0
@@ -78,8 +81,7 @@ def svd(
             progress(passes)
 
     results = dict(solve(batch, plan, groups, count))
-    whole = SVDResult.concatenate([results[position] for position in range(len(groups))])
-    return replace(whole, passes=made)
+    return SVDResult.concatenate([results[position] for position in range(len(groups))], made)
 
 
 def plan_for(
@@ -154,7 +156,7 @@ def solve(
     if plan.method == "lanczos":
         for position, group in enumerate(index):
             solved = [lanczos(batch, plan, part, count) for part in group.split(plan.panel)]
-            yield position, SVDResult.concatenate(solved)
+            yield position, _whole(solved)
         return
     by_rows = {"stream": stream, "dense": dense}[plan.method]
     # A group that is more than a panel is solved in parts, whatever the other groups.
@@ -166,8 +168,13 @@ def solve(
             done = found[position]
             done[panel[place]] = result
             if sum(len(part.tokens) for part in done.values()) == len(index[position]):
-                yield position, SVDResult.concatenate([done[i] for i in sorted(done)])
+                yield position, _whole([done[i] for i in sorted(done)])
                 done.clear()
+
+
+def _whole(parts: Sequence[SVDResult]) -> SVDResult:
+    """A group solved in parts; no two are of one panel, so none shares passes with another."""
+    return SVDResult.concatenate(parts, sum(part.passes for part in parts))
 
 
 def as_batch(A: Any, tokens: Sequence[int] | None = None) -> OperatorBatch:

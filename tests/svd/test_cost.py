@@ -84,6 +84,8 @@ def test_prices_are_passes_at_their_rate_and_the_algebra(method: str) -> None:
     assert none.bytes == some.bytes == plan.bytes[method] > 0
     assert none.seconds is not None and some.seconds is not None and none.seconds > 0
     rate = 100.0 if method == "lanczos" else 1.0
+    unknown = price({method: plan}, shape, CPU, None)[method]
+    assert unknown == replace(some, seconds=None)
     # The algebra of the same plan is timed once.
     assert some.seconds - none.seconds == pytest.approx(rate * plan.passes[method])
 

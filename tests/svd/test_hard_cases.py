@@ -116,5 +116,5 @@ def test_numbers_that_are_not_finite_are_reported_and_stay_where_they_are(method
         Status.CONVERGED,
     ]
     assert result.S[1].isnan().all()
-    check_triplets(result.__class__.concatenate([solve_with(matrices[0], 2, method)]), matrices[:1])
+    check_triplets(solve_with(matrices[0], 2, method), matrices[:1])
     torch.testing.assert_close(result.S[0], torch.linalg.svdvals(matrices[0])[:2])

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_lanczos.errors import UsageError
+from elm_lanczos.memory import size
 from elm_lanczos.operators import StackedOperators
 from elm_lanczos.svd.plan import Plan, make_plan
-from elm_lanczos.svd.solve import solve
+from elm_lanczos.svd.solve import solve, svd
 from tests.spectra import check_triplets, powers, solve_with, with_spectrum
 
 
@@ -45,6 +46,60 @@ def test_little_memory_means_panels_and_more_passes() -> None:
 def test_round_trip_through_json() -> None:
     plan = make_plan(7, 64, 32, torch.float64, 4, seed=3)
     assert Plan(**json.loads(json.dumps(asdict(plan)))) == plan
+
+
+def test_arrays_are_those_of_the_operators_held_at_a_time(tmp_path: Path) -> None:
+    n, m, d, k = 5, 64, 32, 4
+    made = {
+        method: make_plan(n, m, d, torch.float64, k, method, memory=2**30, vectors=8)
+        for method in ("lanczos", "stream", "dense")
+    }
+    basis, rows = made["stream"].basis, 2 * 64 * n * d * 8
+    assert made["stream"].arrays["stream"] == {
+        "Krylov basis V": n * basis * d * 8,
+        "J V": n * basis * m * 8,
+        "JᵀJ V": n * basis * d * 8,
+        "block, sums and copies": n * basis * m * 8,
+        "rows flowing by": rows,
+    }
+    kept = n * (made["lanczos"].basis + 1) * (m + d) * 8  # a vector more than the basis
+    lanczos = made["lanczos"].arrays["lanczos"]
+    assert lanczos["Krylov bases"] == lanczos["products kept"] == kept
+    dense = {"Jacobians": n * m * d * 8, "matrices being solved": 4 * n * m * d * 8}
+    assert made["dense"].arrays["dense"] == dense | {"rows flowing by": rows}
+    options = {"memory": 2**30, "vectors": 8, "scratch": str(tmp_path)}
+    filed = make_plan(n, m, d, torch.float64, k, "dense", **options)  # type: ignore[arg-type]
+    assert filed.arrays["dense"] == dense | {"rows flowing by": rows, "Jacobians": 0}
+    for plan in made.values():
+        assert plan.bytes == {name: sum(held.values()) for name, held in plan.arrays.items()}
+
+
+@pytest.mark.parametrize("method", ["lanczos", "stream", "dense"])
+def test_memory_that_one_operator_does_not_fit_is_refused(method: str) -> None:
+    matrix = with_spectrum(powers(-1, 40), 40, 40)
+    least = make_plan(1, 40, 40, torch.float64, 4, method, memory=1)
+    assert least.panel == 1
+    exact = least.bytes[method]
+    for memory, fits in ((exact, True), (exact - 1, False)):
+        # The same arrays, whatever is a little more or less.
+        plan = replace(least, memory=memory)
+        assert (plan.refusal is None) == fits
+    assert least.refusal is not None and "\n" not in least.refusal
+    assert size(exact) in least.refusal and "--memory" in least.refusal
+    with pytest.raises(UsageError, match="give more with --memory"):
+        svd(matrix, 4, method=method, memory=1)
+    # A plan made by hand is followed.
+    assert svd(matrix, 4, plan=least).converged.all()
+
+
+def test_auto_takes_the_method_that_fits() -> None:
+    ample = make_plan(1, 256, 256, torch.float32, 100, memory=2**30, vectors=1)
+    assert ample.method == "lanczos"
+    assert ample.bytes["stream"] < ample.bytes["lanczos"]  # bases as wide as the matrix: no gain
+    memory = ample.bytes["lanczos"] - 1
+    plan = make_plan(1, 256, 256, torch.float32, 100, memory=memory, vectors=1)
+    assert plan.method == "stream" and plan.refusal is None
+    assert plan.reason.endswith("by lanczos, which needs more than the memory")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -98,8 +153,6 @@ def test_refusals(changes: dict[str, object], message: str) -> None:
 def test_plans_changed_into_unusable_ones(
     method: str, changes: dict[str, object], message: str
 ) -> None:
-    from elm_lanczos.svd import svd
-
     matrix = with_spectrum(powers(-1, 40), 40, 40)
     plan = make_plan(1, 40, 40, torch.float64, 4, method)
     with pytest.raises(UsageError, match=message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 from elm_lanczos.operators import StackedOperators, TokenOperators
 from elm_lanczos.status import Status
 from elm_lanczos.svd import SVDResult
+from elm_lanczos.svd.plan import make_plan
 from elm_lanczos.svd.result import error_bounds
+from elm_lanczos.svd.solve import solve
 from tests.spectra import METHODS, ExplicitChain, powers, solve_with, with_spectrum
 
 
@@ -77,20 +81,31 @@ def test_clusters_are_reported_as_one_subspace(method: str) -> None:
     assert separate.clusters == ((),)
 
 
-def test_concatenate_keeps_every_array_and_counts_passes_by_method() -> None:
+def test_concatenate_keeps_every_array_and_the_passes_it_is_given() -> None:
     matrices = [with_spectrum(powers(-1, 20), 20, 20, seed=seed) for seed in range(3)]
-    for method, total in (("lanczos", sum), ("stream", max), ("dense", max)):
+    for method in METHODS:
         parts = [
             solve_with(StackedOperators(matrix[None], labels=[7 + i]), 3, method)
             for i, matrix in enumerate(matrices)
         ]
-        whole = SVDResult.concatenate(parts)
+        whole = SVDResult.concatenate(parts, 123)
         assert whole.tokens == (7, 8, 9)
-        assert whole.passes == total(part.passes for part in parts)
+        assert whole.passes == 123
         assert len(whole.clusters) == 3
         for name, value in vars(whole).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, torch.cat([getattr(part, name) for part in parts]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_of_several_panels_counts_the_passes_of_each(method: str) -> None:
+    J = torch.stack([with_spectrum(powers(-1, 20), 20, 20, seed=seed) for seed in range(5)])
+    plan = replace(make_plan(5, 20, 20, torch.float64, 3, method), panel=2)
+    made: list[int] = []
+    ((_, group),) = solve(StackedOperators(J), plan, [range(5)], made.append)
+    assert group.passes == made[-1]
+    panels = 3 * 20  # all m rows for each of three panels
+    assert method != "dense" or group.passes == panels
 
 
 def test_results_have_the_dtype_of_the_operator() -> None:
