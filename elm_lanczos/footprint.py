@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from elm_lanczos.attention import is_explicit
 from elm_lanczos.storage import slots
 
-# Copies of a block, as wide as it gets, that exist at a time while it goes through a layer; norms of
-# a layer, whose scales are as wide as the residual stream.
+# Copies of a block, as wide as it gets, that exist at a time while it goes through a layer; norms
+# of a layer, whose scales are as wide as the residual stream.
 _COPIES, _NORMS = 4, 2
 
 
