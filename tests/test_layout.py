@@ -30,6 +30,7 @@ ORDER = [
     ["prompts", "config"],
     ["planning"],
     ["run"],
+    ["verify"],
     ["report"],
     ["cli"],
     ["__main__"],

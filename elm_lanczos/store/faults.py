@@ -151,8 +151,6 @@ def read_owners(
             file = chunk_file(store, arrays["done"], owner)
             reason = "marks rows as not done though the group is finished"
             faults.append(Fault(reason, name, "done", tokens, file))
-        if marks is not None and not marks.any() and not finished:
-            faults = []  # what was being written is computed again anyway
         live = computed(rows)
         for spec in ROW_ARRAYS if live.any() else ():
             if spec.name in rows and _is_empty(rows[spec.name][live], spec.fill):
