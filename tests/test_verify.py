@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import zarr
 
+from elm_lanczos.config import RunConfig
 from elm_lanczos.errors import StoreError
-from elm_lanczos.store import Status
+from elm_lanczos.store import Status, open_results
 from elm_lanczos.store.layout import LAYOUT
 from elm_lanczos.verify import Verification, verify
 from tests.test_cli import command  # noqa: F401
@@ -259,6 +260,9 @@ def test_changed_model_is_named(store: Path, model_folder: Path) -> None:
     try:
         safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
         found = verify(store)
+        config = RunConfig.model_validate(open_results(store).attrs["config"])
+        with pytest.raises(StoreError, match="cannot be continued: weights was"):
+            run(config.model_copy(update={"out": str(store)}), Listener(), resume=True)
         file.unlink()
         gone = verify(store)
     finally:
