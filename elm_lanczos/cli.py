@@ -340,6 +340,7 @@ def verify(
 
 
 def _verify(store: Path, sample: int | None, *, no_model: bool, json: bool) -> None:
+    """Prints what is wrong with a store, and ends with the exit code that stands for it."""
     if no_model and sample is not None:
         raise UsageError("--sample rows are computed by the model: leave out --no-model")
     _silence_libraries()

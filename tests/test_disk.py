@@ -31,9 +31,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def command(model: Path, prompts: Path, out: Path) -> list[str]:
+def command(model: Path, prompts: Path, out: Path, k: int = 4) -> list[str]:
     program = [sys.executable, "-m", "elm_lanczos", "run", "--quiet", "--model", str(model)]
-    return [*program, "--k", "4", "--top", "3", "--seq-file", str(prompts), "--out", str(out)]
+    return [*program, "--k", str(k), "--top", "3", "--seq-file", str(prompts), "--out", str(out)]
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_write_that_the_system_refuses_ends_with_one_line(
     tiny_folder: Path, tmp_path: Path, prompts: Path
 ) -> None:
     out = tmp_path / "r.zarr"
-    line = command(tiny_folder, prompts, out)
-    # files of at most 2 KiB: arrays' metadata fit, the rows of U do not
-    limited = ["bash", "-c", 'ulimit -f 2; trap "" XFSZ; exec "$@"', "bash", *line]
+    line = command(tiny_folder, prompts, out, k=16)
+    # files of at most 8 KiB: all metadata fit, the 12 KiB of U do not
+    limited = ["bash", "-c", 'ulimit -f 8; trap "" XFSZ; exec "$@"', "bash", *line]
     done = subprocess.run(limited, capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert "cannot write" in done.stderr and str(out) in done.stderr
