@@ -225,7 +225,7 @@ def _system(config: PlanConfig, source: _Weights | _Shape, name: str, length: in
         price(plans, shape, source.device, here.rates),
         {method: plan.arrays[method] for method, plan in plans.items()},
         here.chain,
-        here.memory,
+        source.memory,
     )
 
 

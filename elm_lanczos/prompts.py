@@ -68,7 +68,7 @@ def _read(path: Path) -> bytes:
 def _from_json(name: str, number: int, line: str, position: int) -> Prompt:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of too many digits
         raise UsageError(f"{name} line {number} is not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise UsageError(f'{name} line {number} must be an object with a string "text"')
@@ -76,11 +76,12 @@ def _from_json(name: str, number: int, line: str, position: int) -> Prompt:
         raise UsageError(f'{name} line {number} has an empty "text"')
     if not isinstance(record.get("id", ""), (str, int)):
         raise UsageError(f'{name} line {number}: "id" must be a string or a number')
+    label = str(record.get("id", position))
     try:
-        record["text"].encode()
+        (record["text"] + label).encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"{name} line {number} holds a lone surrogate, not text") from error
-    return Prompt(str(record.get("id", position)), record["text"])
+    return Prompt(label, record["text"])
 
 
 def _unique(prompts: list[Prompt], name: str) -> list[Prompt]:

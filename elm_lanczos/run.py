@@ -38,14 +38,12 @@ from elm_lanczos.store import (
     Status,
     open_results,
 )
+from elm_lanczos.store.faults import FINISHED
 from elm_lanczos.store.provenance import package_versions
 from elm_lanczos.svd.cost import faster_dense, predict
 from elm_lanczos.svd.plan import Plan
 from elm_lanczos.svd.result import SVDResult
 from elm_lanczos.svd.solve import plan_for, solve
-
-FINISHED = "finished"
-"""The attribute of a group whose work is complete."""
 
 _WORTH_SECONDS = 1.0
 """Nobody chooses another method to save less than this on a prompt."""
@@ -313,6 +311,8 @@ def _solve_prompt(
     lengths = range(len(ids), len(ids) + max(1, config.generate))
     groups = {} if first is None else {len(ids): first}
     groups |= {position + 1: g for position, g in (first.positions if first else {}).items()}
+    for fault in (f for group in groups.values() for f in group.forget_damaged()):
+        observer.note(f"{fault}; it is computed again")
     missing = [n for n in lengths if n not in groups or not groups[n].attrs.get(FINISHED)]
     full = model.generate(ids, max(missing) - len(ids)) if missing else ids
     for length in lengths:
@@ -376,6 +376,9 @@ def _prepare(
             raise UsageError("this run keeps rows in a scratch file: add --scratch FOLDER")
         if plan.scratch is not None:
             plan = replace(plan, scratch=config.scratch)
+        tokens = select_tokens(config.tokens, length)
+        strings = model.token_strings(prediction.ids)
+        groups[length].restore(prediction.ids.tolist(), strings, tokens)
         return groups[length], lin, plan
     memory = _resources(store)["memory"]
     lin = model.linearize(prediction.ids, block=config.batch, memory=memory)

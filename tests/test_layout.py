@@ -33,6 +33,7 @@ ORDER = [
     ["prompts", "config"],
     ["planning"],
     ["run"],
+    ["verify"],
     ["report"],
     ["cli"],
     ["__main__"],

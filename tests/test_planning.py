@@ -213,7 +213,7 @@ def test_memory_too_small_for_one_operator_is_said_and_refused(
     options = ["--k", 2, "--memory", "1KiB", "--out", tmp_path / "r.zarr"]
     code, out, err = command("run", "--model", tiny_folder, "--text", "peace", *options)
     assert code == 2 and len(err.splitlines()) == 1
-    assert err.startswith("error: ") and "1.0 KiB may be used" in err
+    assert err.startswith("error: ") and "the layers leave 256 bytes" in err
 
 
 def test_layers_larger_than_the_memory_are_not_built(

@@ -532,8 +532,9 @@ def test_newer_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     with create(path) as store:
         store.set_attrs({"schema_version": 2})
-    with pytest.raises(StoreError, match="schema version 2, newer than the 1"):
-        open_results(path)
+    for opened in (open_results, lambda path: ResultStore.open(path, "r+")):
+        with pytest.raises(StoreError, match="schema version 2, newer than the 1"):
+            opened(path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ a time under the stored plan, so that the result has the same bits as an undistu
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from elm_lanczos.errors import StoreError
 from elm_lanczos.status import Status
 from elm_lanczos.store.attributes import Json, to_attributes, to_json
 from elm_lanczos.store.durable import DurableStore, writing
+from elm_lanczos.store.faults import FINISHED, OUTPUTS_WRITTEN, Fault, damage, layout_faults
 from elm_lanczos.store.layout import (
     LAYOUT,
     OUTPUT_ARRAYS,
@@ -30,8 +31,6 @@ from elm_lanczos.store.layout import (
     owner_ranges,
 )
 from elm_lanczos.store.reading import open_array, position_names, read_array, read_attributes
-
-_OUTPUTS_WRITTEN = "outputs_written"
 
 
 class PromptGroup:
@@ -91,10 +90,70 @@ class PromptGroup:
             index for index, owner in enumerate(self.owners()) if not done[_tokens(owner)].all()
         ]
 
+    def forget_damaged(self) -> list[Fault]:
+        """Take back what a resumed run must not trust: files that are damaged or lost.
+
+        Their owners are marked as not done and the group as not finished before the files are
+        removed, so that a run that is killed in between loses nothing but the same work.
+
+        Returns:
+            What was damaged, one fault a file.
+
+        Raises:
+            StoreError: An array's metadata are damaged, which no computation brings back; or the
+                store cannot be written.
+        """
+        for fault in layout_faults(self._store, self.name):
+            raise StoreError(f"{fault}; start again with --overwrite")
+        faults = list(damage(self._store, self.name))
+        with writing(self._store.root):
+            for fault in faults:
+                if fault.tokens is not None and fault.array != "done":
+                    _remove(self.path / "done" / f"c.{self.owners().index(fault.tokens)}")
+            if faults:
+                self.set_attrs({OUTPUTS_WRITTEN: False, FINISHED: False})
+            for fault in faults:
+                if fault.file is not None:
+                    _remove(fault.file)
+        return faults
+
+    def restore(
+        self, token_ids: Sequence[int], token_strings: Sequence[str], requested: Sequence[int]
+    ) -> None:
+        """Write again what was written at creation, where it is no longer there.
+
+        Args:
+            token_ids: The T token ids.
+            token_strings: The T tokens as text.
+            requested: Indices of the tokens to compute.
+
+        Raises:
+            StoreError: The disk is full or the store cannot be written.
+        """
+        created = {
+            "token_id": np.array(token_ids, dtype=np.int32),
+            "token_str": np.array(token_strings, dtype=object),
+        }
+        skipped = np.ones(self.tokens, dtype=bool)
+        skipped[list(requested)] = False
+        done = read_array(self._store, f"{self.name}/done")
+        status = read_array(self._store, f"{self.name}/status")
+        with writing(self._store.root):
+            for name, values in created.items():
+                if not np.array_equal(read_array(self._store, f"{self.name}/{name}"), values):
+                    self._array(name)[:] = values
+            for tokens in map(_tokens, (self.owners()[owner] for owner in self.pending())):
+                if ((status[tokens] == Status.NOT_REQUESTED) != skipped[tokens]).any():
+                    self._array("status")[tokens] = np.where(
+                        skipped[tokens], Status.NOT_REQUESTED, Status.PENDING
+                    )
+                if (done[tokens] != skipped[tokens]).any():
+                    self._array("done")[tokens] = skipped[tokens]
+
     @property
     def complete(self) -> bool:
         """Whether every owner is committed and the outputs are written."""
-        return not self.pending() and self.attrs.get(_OUTPUTS_WRITTEN) is True
+        return not self.pending() and self.attrs.get(OUTPUTS_WRITTEN) is True
 
     def empty_rows(self, owner: int) -> dict[str, Array]:
         """Make the rows of one owner before anything is computed.
@@ -199,7 +258,7 @@ class PromptGroup:
                 if np.shape(values) != array.shape:
                     raise ValueError(f"{spec.name} has shape {np.shape(values)}, not {array.shape}")
                 array[:] = np.ascontiguousarray(values, dtype=array.dtype)
-        self.set_attrs({**(attrs or {}), _OUTPUTS_WRITTEN: True})
+        self.set_attrs({**(attrs or {}), OUTPUTS_WRITTEN: True})
 
     def set_attrs(self, attrs: Mapping[str, object]) -> None:
         """Add attributes, replacing those of the same name.
@@ -284,6 +343,14 @@ def create_group(store: DurableStore, name: str, header: PromptHeader) -> Prompt
         }
     )
     return group
+
+
+def _remove(path: Path) -> None:
+    """Remove the file of a chunk, or the folder that lies where it should be."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _tokens(owner: range) -> slice:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import zarr
 from zarr.storage import LocalStore
 
-from elm_lanczos.errors import StoreError
+from elm_lanczos.errors import StoreError, first_line
 from elm_lanczos.store.attributes import Json
 from elm_lanczos.store.layout import FORMAT, SCHEMA_VERSION, Array
 
@@ -34,7 +33,7 @@ def read_attributes(path: Path) -> dict[str, Json]:
         return {}
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise StoreError(f"{path / 'zarr.json'} is damaged: {error}") from error
 
 
@@ -59,7 +58,9 @@ def check_result_store(path: Path) -> None:
     if not is_result_store(path):
         raise StoreError(f"{path} is not a result store of elm-lanczos")
     version = read_attributes(path).get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if type(version) is not int or version < 1:
+        raise StoreError(f"{path / 'zarr.json'} is damaged: its schema version is {version!r}")
+    if version > SCHEMA_VERSION:
         raise StoreError(
             f"{path} has schema version {version}, newer than the {SCHEMA_VERSION} this version "
             "of elm-lanczos reads: upgrade elm-lanczos"
@@ -77,11 +78,18 @@ def prompt_names(path: Path) -> list[str]:
 
     Returns:
         The names of the groups below `prompts` whose creation was completed.
+
+    Raises:
+        StoreError: The folder, or the metadata of its last group, cannot be read.
     """
     folder = path / "prompts"
     if not folder.is_dir():
         return []
-    names = sorted((entry.name for entry in folder.iterdir() if entry.name.isdecimal()), key=int)
+    try:
+        entries = [entry.name for entry in folder.iterdir() if entry.name.isdecimal()]
+    except OSError as error:
+        raise StoreError(f"cannot read {folder}: {error.strerror or error}") from error
+    names = sorted(entries, key=int)
     while names and not read_attributes(folder / names[-1]):
         names.pop()
     return names
@@ -96,7 +104,11 @@ def position_names(path: Path) -> list[str]:
     Returns:
         The names of the groups whose creation was completed.
     """
-    return sorted(entry.name for entry in path.glob("position_*") if read_attributes(entry))
+    return sorted(
+        entry.name
+        for entry in path.glob("position_*")
+        if entry.name.removeprefix("position_").isdecimal() and read_attributes(entry)
+    )
 
 
 def read_array(store: LocalStore, name: str, tokens: slice | None = None) -> Array:
@@ -115,8 +127,8 @@ def read_array(store: LocalStore, name: str, tokens: slice | None = None) -> Arr
     """
     array = open_array(store, name)
     try:
-        return _values(array, ... if tokens is None else tokens)
-    except (ValueError, RuntimeError) as error:
+        return read_values(array, ... if tokens is None else tokens)
+    except UnreadableError as error:
         raise StoreError(f"{_damaged_file(store, array)} is damaged: {error}") from error
 
 
@@ -135,23 +147,57 @@ def open_array(store: LocalStore, name: str) -> zarr.Array[Any]:
     """
     try:
         return zarr.open_array(store, path=name, mode="r" if store.read_only else "r+")
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise StoreError(f"{store.root / name} is missing or damaged: {error}") from error
+    except Exception as error:  # Zarr's parser raises whatever the metadata makes it meet
+        reason = first_line(error) or type(error).__name__
+        raise StoreError(f"{store.root / name} is missing or damaged: {reason}") from error
 
 
-def _values(array: zarr.Array[Any], selection: Any) -> Array:
-    values = array[selection]
+class UnreadableError(Exception):
+    """Values that a file does not give back; the message says why."""
+
+
+def read_values(array: zarr.Array[Any], selection: Any = ...) -> Array:
+    """Read a part of an array.
+
+    Args:
+        array: The array.
+        selection: Which part; all of it by default.
+
+    Returns:
+        Its values.
+
+    Raises:
+        UnreadableError: A checksum does not fit, or a file cannot be read or decoded.
+    """
+    try:
+        values = array[selection]
+    except Exception as error:  # a codec raises whatever damaged bytes make it meet
+        raise UnreadableError(first_line(error) or type(error).__name__) from error
     assert not isinstance(values, (int, float, complex, str, bytes))
     return values  # type: ignore[return-value]
+
+
+def chunk_file(store: LocalStore, array: zarr.Array[Any], index: int) -> Path:
+    """Name the file of an array that holds one owner's rows, or all of them for index 0.
+
+    Args:
+        store: The Zarr store.
+        array: The array.
+        index: Index of the owner.
+
+    Returns:
+        The path, whether or not a file is there.
+    """
+    suffix = ["0"] * (array.ndim - 1)
+    return store.root / array.path / ".".join(["c", str(index), *suffix])
 
 
 def _damaged_file(store: LocalStore, array: zarr.Array[Any]) -> Path:
     """Find the first file of an array that cannot be read."""
     step = (array.shards or array.chunks)[0]
-    suffix: Sequence[str] = ["0"] * (array.ndim - 1)
     for index, start in enumerate(range(0, array.shape[0], step)):
         try:
-            _values(array, slice(start, start + step))
-        except (ValueError, RuntimeError):
-            return store.root / array.path / ".".join(["c", str(index), *suffix])
+            read_values(array, slice(start, start + step))
+        except UnreadableError:
+            return chunk_file(store, array, index)
     return store.root / array.path

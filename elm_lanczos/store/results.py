@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 from zarr.storage import LocalStore
@@ -25,6 +25,8 @@ from elm_lanczos.store.summary import SUMMARY
 
 if TYPE_CHECKING:
     import xarray
+
+_Kind = TypeVar("_Kind", str, int, dict[str, Any])
 
 _SHOWN_PROMPTS = 8
 _SHOWN_CHARACTERS = 60
@@ -140,29 +142,27 @@ class PromptResult:
     @property
     def id(self) -> str:
         """The name of the prompt."""
-        return str(self.attrs["id"])
+        return self._attribute("id", str)
 
     @property
     def text(self) -> str:
         """The prompt."""
-        return str(self.attrs["text"])
+        return self._attribute("text", str)
 
     @property
     def position(self) -> int:
         """The output position whose prediction is explained."""
-        position = self.attrs["position"]
-        assert isinstance(position, int)
-        return position
+        return self._attribute("position", int)
 
     @property
     def plan(self) -> dict[str, Any]:
         """Method, block sizes, precision and seed that the rows were computed with."""
-        return _mapping(self.attrs["plan"])
+        return self._attribute("plan", dict)
 
     @property
     def certificate(self) -> dict[str, Any]:
         """The certificate's figures by name; empty while they are not written."""
-        return _mapping(self.attrs.get("certificate") or {})
+        return self._attribute("certificate", dict) if "certificate" in self.attrs else {}
 
     @cached_property
     def token_ids(self) -> Array:
@@ -282,13 +282,15 @@ class PromptResult:
     def _read(self, name: str) -> Array:
         return np.asarray(read_array(self._store, f"{self.name}/{name}"))
 
+    def _attribute(self, name: str, kind: type[_Kind]) -> _Kind:
+        value = self.attrs.get(name)
+        if type(value) is not kind:
+            found = "is missing" if value is None else f"is a {type(value).__name__}"
+            raise StoreError(f"{self.path / 'zarr.json'} is damaged: {name!r} {found}")
+        return value
+
 
 def _open_dataset(path: Path, group: str) -> xarray.Dataset:
     import xarray
 
     return xarray.open_zarr(path, group=group, consolidated=False, chunks=None)
-
-
-def _mapping(value: Json) -> dict[str, Any]:
-    assert isinstance(value, dict)
-    return value

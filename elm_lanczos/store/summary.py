@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import LocalStore
 
 from elm_lanczos.store.durable import DurableStore, writing
 from elm_lanczos.store.layout import STATUS_ATTRS, Array
 from elm_lanczos.store.prompt_group import PromptGroup
-from elm_lanczos.store.reading import read_array
+from elm_lanczos.store.reading import read_array, read_attributes
 
 SUMMARY = "summary"
 _CHUNK_ROWS = 65536
@@ -22,9 +23,6 @@ _COPIED = ("token_id", "token_str", "status", "stable_rank", "attribution", "S",
 def write_summary(store: DurableStore, prompts: Sequence[PromptGroup]) -> None:
     """Write the table, replacing an earlier one.
 
-    It has one row per token of every prompt, and of every further output position after its
-    prompt. `S` and `residual` have as many columns as the widest prompt has triplets, NaN beyond.
-
     Args:
         store: The Zarr store.
         prompts: The prompts in order.
@@ -32,29 +30,47 @@ def write_summary(store: DurableStore, prompts: Sequence[PromptGroup]) -> None:
     Raises:
         StoreError: A prompt's arrays are damaged, the disk is full or the store cannot be written.
     """
-    groups = [
-        (index, group)
-        for index, prompt in enumerate(prompts)
-        for group in (prompt, *prompt.positions.values())
-    ]
-    columns: dict[str, list[Array]] = {name: [] for name in ("prompt", "position", "token")}
-    columns |= {name: [] for name in _COPIED}
-    for index, group in groups:
-        position = group.attrs["position"]
-        columns["prompt"].append(np.full(group.tokens, index, dtype=np.int32))
-        columns["position"].append(np.full(group.tokens, position, dtype=np.int32))
-        columns["token"].append(np.arange(group.tokens, dtype=np.int32))
-        for name in _COPIED:
-            columns[name].append(read_array(store, f"{group.name}/{name}"))
+    names = [[prompt.name, *(g.name for g in prompt.positions.values())] for prompt in prompts]
+    columns = summary_columns(store, names)
     with writing(store.root):
         if (store.root / SUMMARY).exists():
             shutil.rmtree(store.root / SUMMARY)
-        for name, parts in columns.items():
-            _write_column(store, name, _stack(parts))
+        for name, values in columns.items():
+            _write_column(store, name, values)
         table = zarr.open_group(store, path=SUMMARY, mode="a")
         table.update_attributes(
             {"title": "all tokens of all prompts", "coordinates": "prompt position token token_str"}
         )
+
+
+def summary_columns(store: LocalStore, names: Sequence[Sequence[str]]) -> dict[str, Array]:
+    """Collect the columns of the table.
+
+    It has one row per token of every prompt, and of every further output position after its
+    prompt. `S` and `residual` have as many columns as the widest prompt has triplets, NaN beyond.
+
+    Args:
+        store: The Zarr store.
+        names: For each prompt the paths of its group and of those of its further positions.
+
+    Returns:
+        The columns by name, as many rows in each.
+
+    Raises:
+        StoreError: A prompt's arrays are damaged.
+    """
+    columns: dict[str, list[Array]] = {name: [] for name in ("prompt", "position", "token")}
+    columns |= {name: [] for name in _COPIED}
+    for index, group in ((i, name) for i, groups in enumerate(names) for name in groups):
+        copied = {name: read_array(store, f"{group}/{name}") for name in _COPIED}
+        tokens = len(copied["token_id"])
+        position = read_attributes(store.root / group)["position"]
+        columns["prompt"].append(np.full(tokens, index, dtype=np.int32))
+        columns["position"].append(np.full(tokens, position, dtype=np.int32))
+        columns["token"].append(np.arange(tokens, dtype=np.int32))
+        for name, values in copied.items():
+            columns[name].append(values)
+    return {name: _stack(parts) for name, parts in columns.items()}
 
 
 def _stack(parts: Sequence[Array]) -> Array:

@@ -97,7 +97,7 @@ class Plan:
         largest = max(self.arrays[self.method].items(), key=lambda array: array[1])
         return (
             f"{self.method} needs {size(needed)} ({size(largest[1])} of it {largest[0]}), "
-            f"and {size(self.memory)} may be used: give more with --memory, or fewer --tokens"
+            f"and the layers leave {size(self.memory)}: give more with --memory, or fewer --tokens"
         )
 
 
