@@ -194,7 +194,7 @@ def algebra_seconds(plan: Plan, n: int, m: int, d: int, device: torch.device) ->
     """
     n = max(1, min(n, _STAND_IN_ENTRIES // (m * d)))
     small = min(m, d)
-    streams = stream_count(plan.width, d, plan.tol)
+    streams = stream_count(plan.width, plan.k, d, plan.tol)
     steps = lanczos_steps(plan.k, small, plan.tol)
     basis = min(small, max(plan.k + 1, min(plan.basis, steps)))
     # Fixed numbers of streams and steps, as predicted, whatever the stand-ins would need.

@@ -24,6 +24,8 @@ GROUP = 64
 BLOCK = 1
 VERIFY = 8
 PROBES = 8
+# Vectors more than k in a block, at least.
+_NARROWEST = 8
 # Entries of the matrices that `dense` solves at a time, 256 MiB in float32.
 _SOLVED_ELEMENTS = 2**26
 # An SVD of a whole matrix takes as long as block Krylov iteration where the block's width is this
@@ -165,9 +167,8 @@ def make_plan(
 
     item = dtype.itemsize
     width = min(small, max(2 * k + 32, small // 32))
-    steps, streams = lanczos_steps(k, small, tol), stream_count(width, d, tol)
+    steps = lanczos_steps(k, small, tol)
     lanczos_basis = min(small, 3 * k + 24)
-    stream_basis = min(d, (streams + 2) * width)
 
     # Bytes an operator's state takes: bases and the vectors that are being made. Lanczos keeps the
     # products too, and both twice while operators that have finished are taken out.
@@ -178,14 +179,7 @@ def make_plan(
         "copies as operators leave": 2 * vectors_made,
         "triplets and new vectors": (8 * k + 8) * (m + d) * item,
     }
-    stream_state = {
-        "Krylov basis V": stream_basis * d * item,
-        "J V": stream_basis * m * item,
-        "JᵀJ V": stream_basis * d * item,
-        "block, sums and copies": stream_basis * m * item,
-    }
-    lanczos_bytes, stream_bytes = sum(lanczos_state.values()), sum(stream_state.values())
-    dense_bytes = m * d * item
+    lanczos_bytes, dense_bytes = sum(lanczos_state.values()), m * d * item
     cotangents = _cotangent_block(vectors, m, memory // (8 * n * d * item))
     rows_bytes = 2 * cotangents * n * d * item
     together = max(1, min(GROUP, _SOLVED_ELEMENTS // (m * d), memory // (8 * dense_bytes)))
@@ -196,15 +190,25 @@ def make_plan(
         return max(1, min(n, room // state))
 
     in_memory = scratch is None
+    # Where all operators do not fit at once, narrower blocks may: more streams, but fewer panels.
+    options = []
+    for w in (width, *range(width - 8, k + _NARROWEST, -8)):
+        state = _stream_state(w, k, m, d, tol, item)
+        at_once = panel(sum(state.values()))
+        needed = math.ceil(n / at_once) * _stream_passes(at_once, m, d, w, k, tol)
+        options.append((needed, w, at_once, state))
+        if at_once == n:
+            break
+    stream_passes, stream_width, stream_panel, stream_state = min(options, key=lambda o: o[0])
     panels = {
         "lanczos": panel(lanczos_bytes),
-        "stream": panel(stream_bytes),
+        "stream": stream_panel,
         "dense": max(1, min(n, (room - solved_bytes) // dense_bytes)) if in_memory else n,
     }
     lockstep, several, stored = min(GROUP, panels["lanczos"]), panels["stream"], panels["dense"]
     passes = {
         "lanczos": n * 2 * steps + PROBES * math.ceil(n / lockstep),
-        "stream": math.ceil(n / several) * _stream_passes(several, m, d, width, k, tol),
+        "stream": stream_passes,
         "dense": math.ceil(n / stored) * m,
     }
     arrays = {
@@ -242,13 +246,15 @@ def make_plan(
             reason += f", which makes only {at_a_time} at a time"
     else:
         chosen, reason = method, f"{method}: asked for"
+    if chosen == "stream":
+        width = stream_width
     return Plan(
         method=chosen,
         k=k,
         tol=float(tol),
         seed=seed,
         dtype=str(dtype).removeprefix("torch."),
-        basis=lanczos_basis if chosen == "lanczos" else stream_basis,
+        basis=lanczos_basis if chosen == "lanczos" else _stream_basis(width, k, d, tol),
         block=BLOCK,
         max_restarts=100,
         check_every=4,
@@ -287,29 +293,51 @@ def lanczos_steps(k: int, small: int, tol: float) -> int:
     return min(small, round(1.8 + 0.82 * k + 5.66 * root + (0.72 + 0.09 * root) * _digits(tol)))
 
 
-def stream_count(width: int, d: int, tol: float) -> int:
+def stream_count(width: int, k: int, d: int, tol: float) -> int:
     """Streams that the last of many operators is expected to need.
 
     Measured with the default width: 2, 3 and 4 for k = 16 at tol = 1e-3, 1e-5 and 1e-10, and 2, 3
-    and 5 for k = 4.
+    and 5 for k = 4. At 1e-5 and k = 4 with 20, 12 and 4 vectors more than k in a block: 4, 4 and 5.
 
     Args:
         width: Vectors in a block.
+        k: Triplets.
         d: Columns of the operators.
         tol: Largest residual relative to σ₁.
 
     Returns:
         The number of streams.
     """
-    return min(math.ceil(d / width), round(1 + 0.4 * _digits(tol)))
+    return min(math.ceil(d / width), round(1 + _streams_of_digit(width, k) * _digits(tol)))
+
+
+def _streams_of_digit(width: int, k: int) -> float:
+    """Streams that gain a digit: more where a block has few vectors more than k."""
+    return 0.4 * (1 + min(1.0, max(0.0, (36 - (width - k)) / 32)))
+
+
+def _stream_basis(width: int, k: int, d: int, tol: float) -> int:
+    """The largest basis of a stream, with room for two streams more than expected."""
+    return min(d, (stream_count(width, k, d, tol) + 2) * width)
+
+
+def _stream_state(width: int, k: int, m: int, d: int, tol: float, item: int) -> dict[str, int]:
+    """Bytes of an operator's state by array, once the expected streams have flowed by."""
+    basis = min(d, stream_count(width, k, d, tol) * width)
+    return {
+        "Krylov basis V": basis * d * item,
+        "J V": basis * m * item,
+        "JᵀJ V": basis * d * item,
+        "block and sums": (width * (m + 2 * d) + k * d) * item,
+    }
 
 
 def _stream_passes(n: int, m: int, d: int, width: int, k: int, tol: float) -> int:
     """Passes of one panel: all streams, or fewer and what finishes the operators by products."""
-    most = stream_count(width, d, tol)
+    most = stream_count(width, k, d, tol)
     least = width + most * m
     for streams in range(1, most):
-        missing = _digits(tol) - (streams - 0.5) / 0.4
+        missing = _digits(tol) - (streams - 0.5) / _streams_of_digit(width, k)
         own = 2 * n * k * math.ceil(missing * math.log(10) / math.log(6))
         if own <= m:
             least = min(least, width + streams * m + own)

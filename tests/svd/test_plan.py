@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from elm_lanczos.errors import UsageError
 from elm_lanczos.memory import size
 from elm_lanczos.operators import StackedOperators
-from elm_lanczos.svd.plan import Plan, make_plan
+from elm_lanczos.svd.plan import Plan, make_plan, stream_count
 from elm_lanczos.svd.solve import solve, svd
 from tests.spectra import check_triplets, powers, solve_with, with_spectrum
 
@@ -43,6 +43,15 @@ def test_little_memory_means_panels_and_more_passes() -> None:
     assert scarce.bytes["stream"] <= 2**27
 
 
+def test_narrow_blocks_keep_many_operators_in_one_panel() -> None:
+    given = (8192, 256, 256, torch.float32, 4, "stream")
+    ample, scarce = (make_plan(*given, memory=m * 2**30) for m in (8, 3))
+    assert ample.panel == scarce.panel == 8192
+    assert 4 < scarce.width < ample.width
+    assert scarce.passes["stream"] < 2 * ample.passes["stream"]  # what two panels would take
+    assert scarce.bytes["stream"] <= 3 * 2**30
+
+
 def test_round_trip_through_json() -> None:
     plan = make_plan(7, 64, 32, torch.float64, 4, seed=3)
     assert Plan(**json.loads(json.dumps(asdict(plan)))) == plan
@@ -54,12 +63,13 @@ def test_arrays_are_those_of_the_operators_held_at_a_time(tmp_path: Path) -> Non
         method: make_plan(n, m, d, torch.float64, k, method, memory=2**30, vectors=8)
         for method in ("lanczos", "stream", "dense")
     }
-    basis, rows = made["stream"].basis, 2 * 64 * n * d * 8
+    width, rows = made["stream"].width, 2 * 64 * n * d * 8
+    basis = min(d, stream_count(width, k, d, 1e-10) * width)
     assert made["stream"].arrays["stream"] == {
         "Krylov basis V": n * basis * d * 8,
         "J V": n * basis * m * 8,
         "JᵀJ V": n * basis * d * 8,
-        "block, sums and copies": n * basis * m * 8,
+        "block and sums": n * (width * (m + 2 * d) + k * d) * 8,
         "rows flowing by": rows,
     }
     kept = n * (made["lanczos"].basis + 1) * (m + d) * 8  # a vector more than the basis
