@@ -75,6 +75,10 @@ TokensOption = Annotated[
     str | None,
     typer.Option(help="Tokens: all, last:8, first:8, 0,5,9 or start:stop:step (default: all)"),
 ]
+PositionsOption = Annotated[
+    str | None,
+    typer.Option(help="Output positions: last, or as --tokens, such as all (default: last)"),
+]
 BatchOption = Annotated[int | None, typer.Option(help="Vectors pushed through a layer at once.")]
 MemoryOption = Annotated[
     str | None,
@@ -142,6 +146,7 @@ def run(
     method: MethodOption = None,
     tol: TolOption = None,
     tokens: TokensOption = None,
+    positions: PositionsOption = None,
     batch: BatchOption = None,
     top: Annotated[int | None, typer.Option(help="Words per direction (default: 8)")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random vector.")] = None,
@@ -179,6 +184,7 @@ def run(
         "method": method,
         "tol": tol,
         "tokens": tokens,
+        "positions": positions,
         "batch": batch,
         "top": top,
         "seed": seed,

@@ -69,8 +69,8 @@ def check_result_store(path: Path) -> None:
 def prompt_names(path: Path) -> list[str]:
     """List the prompts of a store in order.
 
-    A group's attributes are written last: one without them was being created when its run ended,
-    and only the last one can be.
+    A group's attributes are written last: one without them was being created when its run ended.
+    Prompts are created in any order, so that some may not exist yet while later ones do.
 
     Args:
         path: The folder of the store.
@@ -82,9 +82,7 @@ def prompt_names(path: Path) -> list[str]:
     if not folder.is_dir():
         return []
     names = sorted((entry.name for entry in folder.iterdir() if entry.name.isdecimal()), key=int)
-    while names and not read_attributes(folder / names[-1]):
-        names.pop()
-    return names
+    return [name for name in names if read_attributes(folder / name)]
 
 
 def position_names(path: Path) -> list[str]:
@@ -96,7 +94,8 @@ def position_names(path: Path) -> list[str]:
     Returns:
         The names of the groups whose creation was completed.
     """
-    return sorted(entry.name for entry in path.glob("position_*") if read_attributes(entry))
+    names = (entry.name for entry in path.glob("position_*") if read_attributes(entry))
+    return sorted(names, key=lambda name: int(name.removeprefix("position_")))
 
 
 def read_array(store: LocalStore, name: str) -> Array:

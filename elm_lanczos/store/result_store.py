@@ -183,19 +183,25 @@ class ResultStore:
         """The groups of all prompts created, in order."""
         return [PromptGroup(self._store, f"prompts/{name}") for name in prompt_names(self.path)]
 
-    def create_prompt(self, header: PromptHeader) -> PromptGroup:
-        """Create the group of the next prompt with all its arrays.
+    def prompt(self, number: int) -> PromptGroup | None:
+        """The group of one prompt by its number from 0, or None if it is not created yet."""
+        group = PromptGroup(self._store, f"prompts/{number:06d}")
+        return group if group.attrs else None
+
+    def create_prompt(self, header: PromptHeader, number: int) -> PromptGroup:
+        """Create the group of a prompt with all its arrays.
 
         Args:
             header: What is known of the prompt.
+            number: Its number among the run's prompts, from 0; they are created in any order.
 
         Returns:
             The group, every requested row pending.
 
         Raises:
-            StoreError: The disk is full or the store cannot be written.
+            StoreError: It exists, the disk is full or the store cannot be written.
         """
-        return create_group(self._store, f"prompts/{len(self):06d}", header)
+        return create_group(self._store, f"prompts/{number:06d}", header)
 
     def write_summary(self) -> None:
         """Write the flat table over all prompts, replacing an earlier one.
