@@ -30,6 +30,7 @@ ORDER = [
     ["prompts", "config"],
     ["planning"],
     ["run"],
+    ["distributed"],
     ["report"],
     ["cli"],
     ["__main__"],

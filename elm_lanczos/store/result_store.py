@@ -36,8 +36,8 @@ class ResultStore:
     """A result store open for one run.
 
     `create` and `resume` take an exclusive lock, held until `close` or the end of a `with` block: a
-    run has one coordinator, which creates every group. A worker process opens the store without the
-    lock and writes the owners it was given.
+    run has one coordinator. A further process of the run opens the store and takes a lock of its
+    own by `join`; it creates, writes and commits what it alone was given.
 
     Attributes:
         path: The folder of the store.
@@ -111,6 +111,17 @@ class ResultStore:
         """
         check_result_store(Path(path))
         return cls(Path(path), read_only=mode == "r")
+
+    def join(self, rank: int) -> None:
+        """Hold the lock of a further process of the run that has this store, until `close`.
+
+        Args:
+            rank: The number of the process, from 1.
+
+        Raises:
+            StoreError: A process of that number uses the store already.
+        """
+        self._lock = RunLock(self.path, rank)
 
     def resume(self, fingerprint: Mapping[str, object]) -> None:
         """Lock the store to continue its run.
