@@ -537,6 +537,7 @@ def _silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.disable(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # writes that a signal interrupts
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

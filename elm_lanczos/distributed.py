@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
-from itertools import islice, tee
+from itertools import count, islice, tee
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,9 @@ process may say why, or its launcher may end the others."""
 _LOST = (
     "another process of this run has ended; finished rows are kept: go on with --resume --out STORE"
 )
+
+_RUNS = count()
+"""Numbers the runs of this process: each has its own part of the key-value store."""
 
 Result = TypeVar("Result")
 
@@ -288,8 +291,8 @@ class _LostError(Exception):
 @contextmanager
 def _joined() -> Iterator[Processes]:
     """This process among those that torchrun or accelerate has started."""
-    store, rank, count = next(rendezvous("env://", timeout=_JOINING))
-    processes = Processes(PrefixStore("elm_lanczos", store), rank, count)
+    store, rank, world_size = next(rendezvous("env://", timeout=_JOINING))
+    processes = Processes(PrefixStore(f"elm_lanczos/{next(_RUNS)}", store), rank, world_size)
     try:
         yield processes
     except BaseException as error:
