@@ -192,14 +192,15 @@ def killed(
 
 
 def main(
-    kills: Annotated[int, typer.Option(help="How many.")] = 200,
+    kills: Annotated[int, typer.Option(help="How many, all numbers of processes together.")] = 200,
+    processes: Annotated[str, typer.Option(help="Numbers of processes.")] = "1,4",
     seed: Annotated[int, typer.Option(help="Of the moments and signals.")] = 0,
     model: Annotated[str | None, typer.Option(help="Folder of a small model.")] = None,
 ) -> None:
     """Kill runs, check what they leave, and write benchmarks/results/kills.json."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rng = random.Random(seed)
-    figures = []
+    figures, numbers = [], [int(number) for number in processes.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         said = folder / "said"
@@ -213,24 +214,24 @@ def main(
         finished(1, [*given, str(undisturbed)], said)
         duration = time.monotonic() - begun
         right = {name: np.asarray(array[...]) for name, array in arrays(undisturbed).items()}
-        for processes in (1, 4):
+        for number in numbers:
             made = dict.fromkeys(SIGNALS, 0)
             rows = ended = 0
-            while sum(made.values()) < kills // 2:
-                out = folder / f"{processes}-{ended}.zarr"
+            while sum(made.values()) < kills // len(numbers):
+                out = folder / f"{number}-{ended}.zarr"
                 kind, moment = rng.choice(SIGNALS), rng.uniform(0, 0.7) * duration
                 arguments = [*given, str(out)]
-                made[kind] += killed(processes, arguments, said, moment, kind, rng)
+                made[kind] += killed(number, arguments, said, moment, kind, rng)
                 rows += rows_done(out, right) if out.exists() else 0
                 if (out / "summary" / "zarr.json").exists():
                     finished(1, arguments, said)
                     same_bits(out, right)
                     ended += 1
-                print(f"{processes} processes: {sum(made.values())} kills, {ended} runs ended")
-            finished(1 if processes > 1 else 2, [*given, str(out)], said)
+                print(f"{number} processes: {sum(made.values())} kills, {ended} runs ended")
+            finished(1 if number > 1 else 2, [*given, str(out)], said)
             same_bits(out, right)
-            counts = {kind.name: number for kind, number in made.items()}
-            row = {"processes": processes, **counts, "stores": ended + 1, "rows_checked": rows}
+            counts = {kind.name: times for kind, times in made.items()}
+            row = {"processes": number, **counts, "stores": ended + 1, "rows_checked": rows}
             figures.append(row)
     print(figures, f"written to {write_results('kills', {'runs': figures}).name}")
 

@@ -104,7 +104,7 @@ def run(
         processes.together("agreed", lambda: _agree(processes.ask("fingerprint"), job))
         if processes.rank == 0:
             path = Path(config.out) if config.out is not None else default_path()
-            sharing = 1 if own else int(os.environ["LOCAL_WORLD_SIZE"])
+            sharing = 1 if own else int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
             options = {"resume": resume, "overwrite": overwrite}
             with open_store(path, job, **options, sharing=sharing) as store:
                 observer.opened(path, job.model.token_strings)
@@ -128,7 +128,7 @@ def _own_device(config: RunConfig) -> RunConfig | None:
     """The options with a CUDA device of this process's own, if nothing else is asked for."""
     if config.device or config.device_map or not torch.cuda.is_available():
         return None
-    return config.model_copy(update={"device": f"cuda:{os.environ['LOCAL_RANK']}"})
+    return config.model_copy(update={"device": f"cuda:{os.environ.get('LOCAL_RANK', '0')}"})
 
 
 def _agree(stored: Any, job: Job) -> None:
