@@ -115,7 +115,8 @@ def launch(processes: int, arguments: list[str], complaints: Path) -> None:
     os.setpgid(0, 0)
     if processes == 1:
         return command_line(arguments)
-    options = {"start_method": "fork", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    options: dict[str, Any] = {"max_restarts": 0, "start_method": "fork"}
+    options |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     config = LaunchConfig(1, 1, processes, run_id=str(os.getpid()), **options)
     elastic_launch(config, command_line)(arguments)
 
