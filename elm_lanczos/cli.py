@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elm_lanczos.errors import ElmLanczosError, UsageError
+from elm_lanczos.errors import ElmLanczosError, PeerError, UsageError
 
 if TYPE_CHECKING:
     from elm_lanczos.check import FamilyReport
@@ -75,6 +75,10 @@ TokensOption = Annotated[
     str | None,
     typer.Option(help="Tokens: all, last:8, first:8, 0,5,9 or start:stop:step (default: all)"),
 ]
+PositionsOption = Annotated[
+    str | None,
+    typer.Option(help="Output positions: last, or as --tokens, such as all (default: last)"),
+]
 BatchOption = Annotated[int | None, typer.Option(help="Vectors pushed through a layer at once.")]
 MemoryOption = Annotated[
     str | None,
@@ -119,7 +123,8 @@ def _main(
 @app.command(
     epilog="Examples:  elm-lanczos run --k 16 --seq-file prompts.txt  ·  "
     "elm-lanczos run --text 'the Soviet Union and the' --generate 3  ·  "
-    "elm-lanczos run --config configs/demo.yaml --out demo.zarr --resume"
+    "elm-lanczos run --config configs/demo.yaml --out demo.zarr --resume  ·  "
+    "torchrun --nproc-per-node 4 -m elm_lanczos run --seq-file prompts.txt"
 )
 def run(
     context: typer.Context,
@@ -143,6 +148,7 @@ def run(
     method: MethodOption = None,
     tol: TolOption = None,
     tokens: TokensOption = None,
+    positions: PositionsOption = None,
     batch: BatchOption = None,
     top: Annotated[int | None, typer.Option(help="Words per direction (default: 8)")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random vector.")] = None,
@@ -167,11 +173,17 @@ def run(
     _silence_libraries()
     from elm_lanczos.report.json_lines import JsonLines
     from elm_lanczos.report.terminal import Terminal
-    from elm_lanczos.run import run as run_prompts
 
-    with JsonLines() if json else Terminal(quiet=quiet) as observer:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from elm_lanczos.distributed import run as run_prompts
+    else:
+        from elm_lanczos.run import run as run_prompts
+
+    first = _is_first()
+    with JsonLines() if json and first else Terminal(quiet=quiet or not first) as observer:
         outcome = run_prompts(options, observer, resume=resume, overwrite=overwrite)
-    _warn(outcome, quiet=quiet or json)
+    if first:
+        _warn(outcome, quiet=quiet or json)
 
 
 @app.command(
@@ -515,6 +527,7 @@ def _silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.disable(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # writes that a signal interrupts
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -536,14 +549,17 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except _CommandLineError as error:
-        code = _fail(error.format_message(), EXIT_USAGE)
+        code = _fail(error.format_message(), EXIT_USAGE, quiet=not _is_first())
     except UsageError as error:
-        code = _fail(str(error), EXIT_USAGE)
+        code = _fail(str(error), EXIT_USAGE, quiet=not _is_first())
+    except PeerError:
+        code = EXIT_ERROR
     except ElmLanczosError as error:
         code = _fail(str(error), EXIT_ERROR)
     except _Signalled as error:
         word, code = _SIGNALS[error.args[0]]
-        _fail(f"{word}; finished rows are kept: go on with --resume --out STORE", code)
+        line = f"{word}; finished rows are kept: go on with --resume --out STORE"
+        _fail(line, code, quiet=not _is_first())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_ERROR
@@ -571,8 +587,14 @@ _CommandLineError: Any = next(
 """What Typer raises for options it cannot parse (the class itself is not public)."""
 
 
-def _fail(message: str, code: int) -> int:
+def _is_first() -> bool:
+    """Whether this is the only process of a run, or the one that speaks for all of them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(message: str, code: int, *, quiet: bool = False) -> int:
     from elm_lanczos.report.text import printable
 
-    typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+    if not quiet:
+        typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     return code

@@ -59,6 +59,7 @@ class RunConfig(ModelConfig):
     method: Method = Field("auto", description="how the triplets are computed")
     tol: float | None = Field(None, gt=0, description="residual to reach, relative to σ₁")
     tokens: str = Field("all", description="positions: all, last:8, 0,5,9 or start:stop:step")
+    positions: str = Field("last", description="output positions: last, or as tokens")
     batch: StrictInt | None = Field(None, ge=1, description="vectors per block")
     top: StrictInt = Field(8, ge=1, le=64, description="decoded words per direction")
     seed: StrictInt = Field(0, ge=0, lt=2**63, description="seed of every random vector")
@@ -168,12 +169,26 @@ def _explain(error: ValidationError) -> str:
     return f"--{field.replace('_', '-')} {first.get('input')!r}: {message[0].lower()}{message[1:]}"
 
 
-def select_tokens(spec: str, length: int) -> list[int]:
+def select_positions(spec: str, length: int) -> list[int]:
+    """Returns the output positions that `--positions` names, in ascending order.
+
+    Args:
+        spec: `last`, or what `select_tokens` takes.
+        length: number of tokens T.
+
+    Returns:
+        Positions in 0 … T - 1, each once.
+    """
+    return select_tokens("-1" if spec.strip() == "last" else spec, length, "--positions")
+
+
+def select_tokens(spec: str, length: int, option: str = "--tokens") -> list[int]:
     """Returns the token positions that `--tokens` names, in ascending order.
 
     Args:
         spec: `all`, `last:N`, `first:N`, positions `0,5,-1`, or a slice `start:stop:step`.
         length: number of tokens T.
+        option: the option to name in errors.
 
     Returns:
         Positions in 0 … T - 1, each once.
@@ -195,11 +210,11 @@ def select_tokens(spec: str, length: int) -> list[int]:
         else:
             chosen = [everything[int(part)] for part in spec.split(",")]
     except IndexError as error:
-        raise UsageError(f"--tokens {spec}: the prompt has only {length} tokens") from error
+        raise UsageError(f"{option} {spec}: the prompt has only {length} tokens") from error
     except (ValueError, TypeError) as error:
         raise UsageError(
-            f"--tokens {spec}: use all, last:8, first:8, positions like 0,5,9, or start:stop:step"
+            f"{option} {spec}: use all, last:8, first:8, positions like 0,5,9, or start:stop:step"
         ) from error
     if not chosen:
-        raise UsageError(f"--tokens {spec} selects none of the {length} tokens")
+        raise UsageError(f"{option} {spec} selects none of the {length} tokens")
     return sorted(set(chosen))

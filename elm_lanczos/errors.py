@@ -21,6 +21,10 @@ class StoreError(ElmLanczosError):
     """A result store that cannot be created, resumed or read."""
 
 
+class PeerError(ElmLanczosError):
+    """Another process of the run has failed and says why; this one only ends (exit code 1)."""
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of what an error says that is not blank; "" if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -245,6 +245,12 @@ class DetachedModel:
         """Returns the text of each token id by itself (`<id>` where there is no tokenizer)."""
         return token_strings(self.tokenizer, ids)
 
+    def text(self, ids: Any) -> str:
+        """Returns the text that token ids (T,) stand for, without special tokens."""
+        if self.tokenizer is None:
+            return "".join(self.token_strings(ids))
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
+
     def embed(self, ids: Tensor) -> Tensor:
         """Returns the input embeddings (T, d) of ids (T,) in `compute_dtype`."""
         ids = ids.to(self.device)

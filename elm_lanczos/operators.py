@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -306,6 +306,17 @@ class OperatorBatch(ABC):
             (b, n, d).
         """
 
+    def rows_of(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`rows` of one block after another; a batch may read ahead to work on several at a time.
+
+        Args:
+            blocks: Y (b, m), any number of them.
+
+        Returns:
+            (b, n, d) of each, in order.
+        """
+        return map(self.rows, blocks)
+
 
 class StackedOperators(OperatorBatch):
     """A batch made of explicit matrices or of separate operators."""
@@ -386,7 +397,12 @@ class StackedOperators(OperatorBatch):
 
 
 class TokenOperators(OperatorBatch):
-    """The detached Jacobians J_i (m, d) of some tokens of one linearised prompt."""
+    """The detached Jacobians J_i (m, d) of some tokens of one linearised prompt.
+
+    Attributes:
+        together: Vectors that one call of `matvec` or `rmatvec` pushes through at a time: a block,
+            or what fits of its zero-padded form.
+    """
 
     def __init__(self, lin: LinearMap, tokens: Sequence[int]) -> None:
         """Select tokens of a linearisation.
@@ -409,6 +425,7 @@ class TokenOperators(OperatorBatch):
         self.dtype, self.device = lin.inputs.dtype, lin.inputs.device
         self.precision = getattr(lin, "precision", self.precision)
         self.vectors = getattr(lin, "block", self.vectors)
+        self.together = _together(lin)
         self._tokens = torch.tensor(self.labels, device=self.device)
         self._every_token = self.labels == tuple(range(T))
         self.inputs = lin.inputs.detach().index_select(0, self._tokens)
@@ -496,6 +513,12 @@ def _gathered_vjp(lin: LinearMap, U: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _blocks(lin: LinearMap, X: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Rows of X with their tokens, in blocks whose zero-padded form stays small."""
-    size = max(1, _TANGENT_ELEMENTS // math.prod(lin.inputs.shape))
+    """Rows of X with their tokens, in blocks that the linearisation takes at a time."""
+    size = _together(lin)
     return list(zip(torch.split(X.contiguous(), size), torch.split(tokens, size), strict=True))
+
+
+def _together(lin: LinearMap) -> int:
+    """Vectors that the linearisation takes at a time and whose zero-padded form stays small."""
+    block: int = getattr(lin, "block", OperatorBatch.vectors)
+    return max(1, min(block, _TANGENT_ELEMENTS // math.prod(lin.inputs.shape)))

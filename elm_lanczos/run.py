@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from elm_lanczos.analysis import attribute
-from elm_lanczos.config import ModelConfig, RunConfig, select_tokens
+from elm_lanczos.config import ModelConfig, RunConfig, select_positions, select_tokens
 from elm_lanczos.decode import decode_triplets
 from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.linearization import Certificate, Linearization
 from elm_lanczos.memory import ceiling
 from elm_lanczos.model import DetachedModel
-from elm_lanczos.operators import TokenOperators
+from elm_lanczos.operators import OperatorBatch, TokenOperators
 from elm_lanczos.prompts import Prompt, read_prompts
 from elm_lanczos.storage import checksum
 from elm_lanczos.store import (
@@ -95,15 +95,60 @@ class Prediction:
 
     Attributes:
         prompt: the prompt it belongs to.
+        number: the number of that prompt, from 0.
         ids: (T,) token ids; the output position is the last.
         text: the text of these tokens.
         continuation: how many of the tokens were generated.
     """
 
     prompt: Prompt
+    number: int
     ids: Tensor
     text: str
     continuation: int
+
+    @property
+    def position(self) -> int:
+        """The output position."""
+        return len(self.ids) - 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of which everything that can be refused has been accepted.
+
+    Attributes:
+        config: what to compute.
+        model: the model, loaded.
+        prompts: the prompts.
+        ids: the token ids of each.
+        fingerprint: everything that must be equal for the run to be continued.
+    """
+
+    config: RunConfig
+    model: DetachedModel
+    prompts: Sequence[Prompt]
+    ids: Sequence[Tensor]
+    fingerprint: Mapping[str, object]
+
+    def positions(self, number: int) -> list[int]:
+        """The output positions of a prompt: the one its group is for, then the others in order.
+
+        Args:
+            number: the number of the prompt, from 0.
+
+        Returns:
+            The largest one within the prompt, smaller ones, and those of the tokens to generate.
+        """
+        length = len(self.ids[number])
+        wanted = set(select_positions(self.config.positions, length))
+        wanted |= {length - 1 + step for step in range(self.config.generate)}
+        main = max(position for position in wanted if position < length)
+        return [main, *sorted(wanted - {main})]
+
+
+Operators = Callable[[Linearization, Sequence[int]], OperatorBatch]
+"""Makes the operators of some tokens of a linearised prompt, such as `TokenOperators`."""
 
 
 def run(
@@ -129,33 +174,62 @@ def run(
         ModelError: if the model cannot be loaded or linearised.
         StoreError: if the store cannot be created, continued or written.
     """
+    check_destination(config, resume=resume, overwrite=overwrite)
+    job = prepare(config, prompts_of(config), observer)
+    path = Path(config.out) if config.out is not None else default_path()
+    with open_store(path, job, resume=resume, overwrite=overwrite) as store:
+        observer.opened(path, job.model.token_strings)
+        forget_damaged(store, job, observer)
+        for number in range(len(job.prompts)):
+            solve_prompt(store, job, number, observer, hint=number == 0)
+        store.write_summary()
+    return outcome(path)
+
+
+def check_destination(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuses options that contradict each other about the store.
+
+    Args:
+        config: what to compute.
+        resume: continue the store at `config.out` if it exists.
+        overwrite: replace it if it exists.
+
+    Raises:
+        UsageError: if they do.
+    """
     if resume and overwrite:
         raise UsageError("--resume keeps a store and --overwrite replaces it: choose one")
     if resume and config.out is None:
         raise UsageError("--resume needs the store to continue: add --out FOLDER")
     if config.out == "":
         raise UsageError("--out is empty")
-    prompts = _prompts(config)
+
+
+def prepare(config: RunConfig, prompts: Sequence[Prompt], observer: Observer) -> Job:
+    """Loads the model and refuses what can be refused before a store is made or replaced.
+
+    Args:
+        config: what to compute.
+        prompts: the prompts.
+        observer: told what the user should know of them.
+
+    Returns:
+        The run, ready to begin.
+
+    Raises:
+        UsageError: if the options or prompts cannot be used.
+    """
     model = load_model(config)
     if config.k > model.hidden_size:
         raise UsageError(
             f"--k {config.k} is more than the {model.hidden_size} dimensions of {model.name}"
         )
     ids = [_encode(model, prompt, config, observer) for prompt in prompts]
-    # everything that can be refused is, before a store is made or replaced
     model.linearize(ids[0], block=config.batch)
-    fingerprint = run_fingerprint(config, model, prompts, ids)
-    path = Path(config.out) if config.out is not None else default_path()
-    with _open_store(path, config, model, fingerprint, resume, overwrite) as store:
-        observer.opened(path, model.token_strings)
-        torch.set_num_threads(_resources(store)["threads"])
-        for number, prompt in enumerate(prompts):
-            _solve_prompt(store, model, config, prompt, ids[number], number, len(prompts), observer)
-        store.write_summary()
-    return _outcome(path)
+    return Job(config, model, prompts, ids, run_fingerprint(config, model, prompts, ids))
 
 
-def _resources(store: ResultStore) -> dict[str, int]:
+def resources(store: ResultStore) -> dict[str, int]:
     """The memory and threads that plans are made for: those of the machine the run began on."""
     resources: Any = store.attrs["resources"]
     return {name: int(resources[name]) for name in ("memory", "threads")}
@@ -221,7 +295,7 @@ def run_fingerprint(
         for name, value in model.hf_model.config.to_dict().items()
         if name not in ("_name_or_path", "transformers_version")
     }
-    names = "k generate method tol tokens batch top seed gate precision revision".split()
+    names = "k generate method tol tokens positions batch top seed gate precision revision".split()
     versions = {k: v for k, v in package_versions().items() if k != "python"}
     return {
         "model": model.name,
@@ -248,7 +322,18 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _prompts(config: RunConfig) -> list[Prompt]:
+def prompts_of(config: RunConfig) -> list[Prompt]:
+    """Returns the prompts of a run.
+
+    Args:
+        config: names a file of prompts, or holds one.
+
+    Returns:
+        The prompts; at least one.
+
+    Raises:
+        UsageError: if they cannot be read.
+    """
     if config.seq_file is not None:
         return read_prompts(config.seq_file)
     text = config.text or ""
@@ -261,18 +346,35 @@ def _prompts(config: RunConfig) -> list[Prompt]:
     return [Prompt("0", text)]
 
 
-def _open_store(
-    path: Path,
-    config: RunConfig,
-    model: DetachedModel,
-    fingerprint: Mapping[str, object],
-    resume: bool,
-    overwrite: bool,
+def open_store(
+    path: Path, job: Job, *, resume: bool, overwrite: bool, sharing: int = 1
 ) -> ResultStore:
+    """Creates or continues the store of a run, and computes with its threads from here on.
+
+    Args:
+        path: where it is, or is to be.
+        job: the run.
+        resume: continue the store if it exists.
+        overwrite: replace it if it exists.
+        sharing: processes that share the memory of the device.
+
+    Returns:
+        The store, locked.
+
+    Raises:
+        StoreError: if it cannot be created or continued.
+    """
     if resume and path.exists():
         store = ResultStore.open(path, "r+")
-        store.resume(fingerprint)
-        return store
+        store.resume(job.fingerprint)
+    else:
+        store = _create_store(path, job, overwrite, sharing)
+    torch.set_num_threads(resources(store)["threads"])
+    return store
+
+
+def _create_store(path: Path, job: Job, overwrite: bool, sharing: int) -> ResultStore:
+    config, model = job.config, job.model
     hf_config = model.hf_model.config
     attrs = {
         "title": f"Singular triplets of detached Jacobians of {model.name}",
@@ -286,64 +388,128 @@ def _open_store(
         "method": config.method,
         "config": config.model_dump(),
         "resources": {
-            "memory": int(config.memory or ceiling(model.device)),
+            "memory": int(config.memory or ceiling(model.device) // sharing),
             "threads": torch.get_num_threads(),
         },
     }
-    return ResultStore.create(path, attrs=attrs, fingerprint=fingerprint, overwrite=overwrite)
+    return ResultStore.create(path, attrs=attrs, fingerprint=job.fingerprint, overwrite=overwrite)
 
 
 # ------------------------------------------------------------------------------ one prompt
 
 
-def _solve_prompt(
+def solve_prompt(
     store: ResultStore,
-    model: DetachedModel,
-    config: RunConfig,
-    prompt: Prompt,
-    ids: Tensor,
+    job: Job,
     number: int,
-    total: int,
     observer: Observer,
+    *,
+    hint: bool,
+    operators: Operators = TokenOperators,
 ) -> None:
-    """Solves the system of the prompt's prediction, then those of the tokens to generate."""
-    first = store.prompts[number] if number < len(store) else None
-    lengths = range(len(ids), len(ids) + max(1, config.generate))
-    groups = {} if first is None else {len(ids): first}
-    groups |= {position + 1: g for position, g in (first.positions if first else {}).items()}
-    for fault in (f for group in groups.values() for f in group.forget_damaged()):
-        observer.note(f"{fault}; it is computed again")
-    missing = [n for n in lengths if n not in groups or not groups[n].attrs.get(FINISHED)]
-    full = model.generate(ids, max(missing) - len(ids)) if missing else ids
-    for length in lengths:
-        if length not in missing:  # of the run that is continued
-            done = open_results(store.path).group(groups[length].name)
-            observer.started(number, total, done.text)
-            observer.finished(done)
+    """Solves the systems of all output positions of one prompt, those of generated tokens too.
+
+    Args:
+        store: the store, open for writing.
+        job: the run.
+        number: the number of the prompt, from 0.
+        observer: told what happens.
+        hint: whether to say where another method would be faster.
+        operators: makes the operators of some tokens of a linearised prompt.
+
+    Raises:
+        UnsupportedModelError: if a certificate shows that the model is not rewritten exactly.
+    """
+    groups = groups_of(store, number)
+    positions = job.positions(number)
+    missing = [p for p in positions if p not in groups or not groups[p].attrs.get(FINISHED)]
+    full = job.ids[number]
+    if missing:
+        full = job.model.generate(full, max(0, max(missing) + 1 - len(full)))
+    for position in positions:
+        if position not in missing:  # of the run that is continued
+            show_stored(store, job, number, position, observer)
             continue
-        text = prompt.text + "".join(model.token_strings(full[len(ids) : length]))
-        prediction = Prediction(prompt, full[:length], text, length - len(ids))
-        observer.started(number, total, text)
+        prediction = _prediction(job, number, full[: position + 1])
+        observer.started(number, len(job.prompts), prediction.text)
         begun = time.perf_counter()
-        group, lin, plan = _prepare(store, groups, model, config, prediction, number, observer)
+        group, lin, plan = _prepare(store, groups, job, prediction, observer if hint else None)
+        hint = False
         certificate = lin.certificate()
         if certificate.refuted:
             figures = ", ".join(f"{n} {getattr(certificate, n):.0e}" for n in certificate.refuted)
             raise UnsupportedModelError(
-                f"{model.name} is not rewritten exactly ({figures}): no rule fits something in it"
+                f"{job.model.name} is not rewritten exactly ({figures}): no rule fits something in "
+                "it"
             )
-        _write_outputs(group, lin, model, certificate)
+        _write_outputs(group, lin, job.model, certificate)
         observer.planned(plan, plan.passes[plan.method])
-        _write_triplets(group, lin, plan, model, config, observer)
+        _write_triplets(group, lin, plan, job, observer, operators)
         _finish(group, certificate, time.perf_counter() - begun)
         observer.finished(open_results(store.path).group(group.name))
+
+
+def forget_damaged(store: ResultStore, job: Job, observer: Observer) -> None:
+    """Reads what a continued run has done, so that what is damaged is computed again.
+
+    Args:
+        store: the store, open for writing.
+        job: the run.
+        observer: told which files are damaged.
+    """
+    for number in range(len(job.prompts)):
+        for group in groups_of(store, number).values():
+            for fault in group.forget_damaged():
+                observer.note(f"{fault}; it is computed again")
+
+
+def groups_of(store: ResultStore, number: int) -> dict[int, PromptGroup]:
+    """Returns the groups of a prompt that exist, by output position.
+
+    Args:
+        store: the store.
+        number: the number of the prompt, from 0.
+
+    Returns:
+        None, or the prompt's own group and those of its further positions.
+    """
+    main = store.prompt(number)
+    return {} if main is None else {main.position: main, **main.positions}
+
+
+def show_stored(
+    store: ResultStore, job: Job, number: int, position: int, observer: Observer
+) -> None:
+    """Tells an observer of a prediction that is finished already.
+
+    Args:
+        store: the store.
+        job: the run.
+        number: the number of the prompt, from 0.
+        position: the output position.
+        observer: told what happens.
+    """
+    result = open_results(store.path).group(groups_of(store, number)[position].name)
+    observer.started(number, len(job.prompts), result.text)
+    observer.finished(result)
+
+
+def _prediction(job: Job, number: int, ids: Tensor) -> Prediction:
+    """The prediction behind the given tokens: a part of the prompt, or the prompt and more."""
+    prompt, own = job.prompts[number], len(job.ids[number])
+    if len(ids) < own:
+        text = job.model.text(ids)
+    else:
+        text = prompt.text + "".join(job.model.token_strings(ids[own:]))
+    return Prediction(prompt, number, ids, text, max(0, len(ids) - own))
 
 
 def _encode(model: DetachedModel, prompt: Prompt, config: RunConfig, observer: Observer) -> Tensor:
     """The token ids of a prompt, once it is known that every token asked for exists."""
     try:
         ids = model.encode(prompt.text)
-        select_tokens(config.tokens, len(ids))
+        for position in select_positions(config.positions, len(ids)):
+            select_tokens(config.tokens, position + 1)
     except UsageError as error:
         raise UsageError(f"prompt {prompt.id}: {error}") from error
     longest, length = model.max_length, len(ids) + config.generate
@@ -358,67 +524,76 @@ def _encode(model: DetachedModel, prompt: Prompt, config: RunConfig, observer: O
 def _prepare(
     store: ResultStore,
     groups: dict[int, PromptGroup],
-    model: DetachedModel,
-    config: RunConfig,
+    job: Job,
     prediction: Prediction,
-    number: int,
-    observer: Observer,
+    adviser: Observer | None,
 ) -> tuple[PromptGroup, Linearization, Plan]:
     """Linearises at one prediction, under the stored plan if its group exists already."""
-    length = len(prediction.ids)
-    if length in groups:
-        stored: Any = groups[length].plan
-        chain = stored["chain"]
-        options = {name: chain[name] for name in ("block", "keep", "narrow")}
-        lin = model.linearize(prediction.ids, **options)
+    model, config, position = job.model, job.config, prediction.position
+    if position in groups:
+        stored: Any = groups[position].plan
+        lin = model.linearize(prediction.ids, **stored["chain"])
         plan = Plan(**stored["svd"])
         if plan.scratch is not None and config.scratch is None:
             raise UsageError("this run keeps rows in a scratch file: add --scratch FOLDER")
         if plan.scratch is not None:
             plan = replace(plan, scratch=config.scratch)
-        tokens = select_tokens(config.tokens, length)
+        tokens = select_tokens(config.tokens, position + 1)
         strings = model.token_strings(prediction.ids)
-        groups[length].restore(prediction.ids.tolist(), strings, tokens)
-        return groups[length], lin, plan
-    memory = _resources(store)["memory"]
+        groups[position].restore(prediction.ids.tolist(), strings, tokens)
+        return groups[position], lin, plan
+    memory = resources(store)["memory"]
     lin = model.linearize(prediction.ids, block=config.batch, memory=memory)
-    tokens = select_tokens(config.tokens, length)
+    tokens = select_tokens(config.tokens, position + 1)
     batch = TokenOperators(lin, tokens)
-    plan = _plan(batch, lin.spare_bytes, config, number, prediction.continuation)
-    if number == prediction.continuation == 0 and (line := _hint(batch, config, plan)):
-        observer.note(line)
-    chain = {"block": lin.block, "keep": lin.keep, "narrow": lin.narrowed}
-    header = _header(model, config, prediction, lin, tokens, {"svd": asdict(plan), "chain": chain})
-    if prediction.continuation == 0:
-        groups[length] = store.create_prompt(header)
+    plan = _plan(batch, lin.spare_bytes, config, prediction)
+    if adviser is not None and (line := _hint(batch, config, plan)):
+        adviser.note(line)
+    stored = {"svd": asdict(plan), "chain": chain_options(lin)}
+    header = _header(model, config, prediction, lin, tokens, stored)
+    if groups:
+        groups[position] = next(iter(groups.values())).create_position(header)
     else:
-        groups[length] = store.prompts[number].create_position(header)
-    return groups[length], lin, plan
+        groups[position] = store.create_prompt(header, prediction.number)
+    return groups[position], lin, plan
+
+
+def chain_options(lin: Linearization) -> dict[str, Any]:
+    """Returns the options under which `DetachedModel.linearize` gives the same bits again.
+
+    Args:
+        lin: a linearised prompt.
+
+    Returns:
+        Options by name.
+    """
+    return {"block": lin.block, "keep": lin.keep, "narrow": lin.narrowed}
 
 
 def _write_triplets(
     group: PromptGroup,
     lin: Linearization,
     plan: Plan,
-    model: DetachedModel,
-    config: RunConfig,
+    job: Job,
     observer: Observer,
+    operators: Operators,
 ) -> None:
     """Computes and commits every owner that is not done yet."""
     tokens = np.flatnonzero(group.requested).tolist()
-    batch = TokenOperators(lin, tokens)
+    batch = operators(lin, tokens)
     place = {token: i for i, token in enumerate(tokens)}
     pending = group.pending()
     members = [[place[t] for t in group.owners()[owner] if t in place] for owner in pending]
     for which, result in solve(batch, plan, members, observer.passes):
-        rows = _rows(group, pending[which], result, model, config.top)
+        rows = _rows(group, pending[which], result, job.model, job.config.top)
         group.write_rows(pending[which], rows)
         group.commit(pending[which])
 
 
-def _plan(batch: TokenOperators, memory: int, config: RunConfig, number: int, step: int) -> Plan:
-    """The plan of one linear system; its seed depends on the run's, the prompt and the step."""
-    seed = int(np.random.SeedSequence([config.seed, number, step]).generate_state(1)[0])
+def _plan(batch: TokenOperators, memory: int, config: RunConfig, prediction: Prediction) -> Plan:
+    """The plan of one linear system; its seed depends on the run's, the prompt and the position."""
+    entropy = [config.seed, prediction.number, prediction.position]
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     options = (config.k, config.method, config.tol, seed, memory)
     plan = plan_for(batch, *options, scratch=config.scratch)
     if plan.refusal:
@@ -565,7 +740,15 @@ def _numpy(tensor: Tensor) -> Any:
     return tensor.detach().cpu().numpy()
 
 
-def _outcome(path: Path) -> Outcome:
+def outcome(path: Path) -> Outcome:
+    """Returns how the run of a store ended.
+
+    Args:
+        path: the store, all of whose predictions are finished.
+
+    Returns:
+        What in it is not certain.
+    """
     not_converged = not_exact = 0
     for prompt in open_results(path):
         for result in (prompt, *prompt.positions.values()):

@@ -85,9 +85,10 @@ def start_or_resume(path: Path) -> ResultStore:
 def run(path: Path, report: Callable[[str], None] = lambda step: None) -> None:
     """Write what is missing of the whole run, reporting the steps."""
     with start_or_resume(path) as store:
-        for header in HEADERS[len(store) :]:
-            report("creating")
-            store.create_prompt(header)
+        for number, header in enumerate(HEADERS):
+            if store.prompt(number) is None:
+                report("creating")
+                store.create_prompt(header, number)
         for group in store.prompts:
             for owner in group.pending():
                 report("writing")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_lanczos.config import RunConfig, run_config, select_tokens
+from elm_lanczos.config import RunConfig, run_config, select_positions, select_tokens
 from elm_lanczos.errors import UsageError
 from elm_lanczos.prompts import read_prompts
 
@@ -83,3 +83,10 @@ def test_prompt_files_keep_lines_and_names(tmp_path: Path) -> None:
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"text": "a\\nb", "id": "x"}\n{"text": "c", "id": 7}\n')
     assert [(p.id, p.text) for p in read_prompts(lines)] == [("x", "a\nb"), ("7", "c")]
+
+
+def test_positions_are_named_as_tokens_are_or_last() -> None:
+    assert select_positions("last", 7) == select_positions("last:1", 7) == [6]
+    assert select_positions("all", 3) == [0, 1, 2]
+    with pytest.raises(UsageError, match="--positions 7: the prompt has only 7 tokens"):
+        select_positions("7", 7)

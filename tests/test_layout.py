@@ -33,7 +33,7 @@ ORDER = [
     ["prompts", "config"],
     ["planning"],
     ["run"],
-    ["verify"],
+    ["verify", "distributed"],
     ["report"],
     ["cli"],
     ["__main__"],

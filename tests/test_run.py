@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +141,59 @@ def test_generated_tokens_have_their_own_systems(tiny_folder: Path, tmp_path: Pa
         out, group=f"prompts/000000/position_{length:04d}", consolidated=False
     )
     assert labelled.sizes["token"] == length + 1
+
+
+def test_other_positions_have_the_systems_of_the_tokens_so_far(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    given = {"text": PROMPTS[0], "positions": "1:4", "tokens": "first:2", "generate": 2}
+    run(options(tiny_folder, tmp_path / "r.zarr", **given), Listener())
+    model = DetachedModel.from_pretrained(tiny_folder)
+    ids = model.encode(PROMPTS[0])
+    length = len(ids)
+    first = open_results(tmp_path / "r.zarr").prompts[0]
+    assert first.position == length - 1 and first.text == PROMPTS[0]  # --generate asks for the end
+    assert list(first.positions) == [1, 2, 3, length]
+    for position, result in first.positions.items():
+        assert len(result.tokens) == position + 1
+        assert result.token_ids[:length].tolist() == ids[: position + 1].tolist()
+        assert (result.status[:2] == Status.CONVERGED).all()
+    assert first.positions[3].text == model.text(ids[:4]) and PROMPTS[0].startswith(
+        first.positions[3].text
+    )
+    # decoders are causal: it is what the whole prompt's output at that position is made of
+    whole = model.linearize(PROMPTS[0], position=3)
+    assert np.allclose(first.positions[3].output, whole.output, atol=1e-5)
+    rows = whole.vjp(torch.eye(32)).movedim(1, 0)
+    assert np.allclose(first.positions[3].S[:2], torch.linalg.svdvals(rows)[:2, :4], rtol=1e-4)
+    lone = options(tiny_folder, tmp_path / "s.zarr", text=PROMPTS[0], positions="first:2")
+    run(lone, Listener())
+    first = open_results(tmp_path / "s.zarr").prompts[0]
+    assert first.position == 1 and list(first.positions) == [0]  # the largest has the main group
+    with pytest.raises(StoreError, match="positions"):
+        run(lone.model_copy(update={"positions": "first:3"}), Listener(), resume=True)
+    with pytest.raises(UsageError, match="--tokens 2: the prompt has only 1 tokens"):
+        run(lone.model_copy(update={"tokens": "2", "out": str(tmp_path / "t")}), Listener())
+    assert not (tmp_path / "t").exists()
+
+
+def test_positions_and_prompts_that_are_missing_are_made_in_any_order(
+    tiny_folder: Path, tmp_path: Path, prompt_file: Path
+) -> None:
+    given = {"seq_file": str(prompt_file), "positions": "last:3", "generate": 2, "k": 2}
+    whole, holes = tmp_path / "whole.zarr", tmp_path / "holes.zarr"
+    run(options(tiny_folder, whole, **given), Listener())
+    run(options(tiny_folder, holes, **given), Listener())
+    names = [group.name for group in open_results(holes)[1].positions.values()]
+    assert len(names) == 3
+    shutil.rmtree(holes / names[1])  # one that was never begun,
+    for group in (holes / names[2], holes / "prompts/000000"):  # and two that were interrupted
+        metadata = json.loads((group / "zarr.json").read_text())
+        (group / "zarr.json").write_text(json.dumps({**metadata, "attributes": {}}))
+    listener = Listener()
+    run(options(tiny_folder, holes, **given), listener, resume=True)
+    assert_same_bits(whole, holes)
+    assert len(listener.finished_texts) == 3 * 4 and listener.made != []
 
 
 def test_tokens_that_were_not_asked_for_stay_empty(tiny_folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from tests.store_cases import (
 )
 
 ROOT = Path(__file__).parents[1]
-KILLS = 12  # the issue asks for ten
+KILLS = 14  # with those of whole runs, more than twenty
 
 # The layout of design/store.md, written down a second time: name: (dimensions, dtype, sharded).
 LAYOUT = {
@@ -186,7 +186,7 @@ def test_long_prompt_is_cut_into_owners_of_64_tokens() -> None:
 
 def test_owners_share_no_file(tmp_path: Path) -> None:
     with create(tmp_path / "run.zarr") as store:
-        group = store.create_prompt(make_header(200))
+        group = store.create_prompt(make_header(200), 0)
         before = files_of(group.path)
         group.write_rows(1, make_rows(group, 1))
         group.commit(1)
@@ -285,7 +285,7 @@ def test_summary_rewritten_has_the_same_bits(tmp_path: Path, finished: Path) -> 
 
 def test_summary_is_refused_before_the_run_has_ended(tmp_path: Path) -> None:
     with create(tmp_path / "run.zarr") as store:
-        store.create_prompt(make_header(6))
+        store.create_prompt(make_header(6), 0)
     results = open_results(tmp_path / "run.zarr")
     assert not results.complete
     with pytest.raises(StoreError, match="no summary yet"):
@@ -294,7 +294,7 @@ def test_summary_is_refused_before_the_run_has_ended(tmp_path: Path) -> None:
 
 def test_output_positions_are_sibling_groups_of_the_same_form(tmp_path: Path) -> None:
     with create(tmp_path / "run.zarr") as store:
-        group = store.create_prompt(make_header(6))
+        group = store.create_prompt(make_header(6), 0)
         further = group.create_position(make_header(7))
         further.write_rows(0, make_rows(further, 0))
         further.commit(0)
@@ -342,8 +342,8 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(
 def test_two_workers_and_a_coordinator_lose_nothing(tmp_path: Path, finished: Path) -> None:
     path = tmp_path / "run.zarr"
     with start_or_resume(path) as store:
-        for header in HEADERS:
-            store.create_prompt(header)
+        for number, header in reversed(list(enumerate(HEADERS))):  # in any order
+            store.create_prompt(header, number)
         workers = [start("work", str(path), str(index), "2") for index in range(2)]
         for worker in workers:
             _, complaints = worker.communicate(timeout=60)
@@ -358,7 +358,7 @@ def test_two_workers_and_a_coordinator_lose_nothing(tmp_path: Path, finished: Pa
 def test_rows_do_not_count_before_the_commit(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     with create(path) as store:
-        group = store.create_prompt(make_header(150))
+        group = store.create_prompt(make_header(150), 0)
         group.write_rows(0, make_rows(group, 0))
         group.write_rows(2, make_rows(group, 2))
         group.commit(2)
@@ -372,13 +372,29 @@ def test_rows_do_not_count_before_the_commit(tmp_path: Path) -> None:
 def test_group_whose_creation_was_interrupted_is_created_again(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     with create(path) as store:
-        store.create_prompt(make_header(6))
-        group = store.create_prompt(make_header(9))
+        store.create_prompt(make_header(6), 0)
+        group = store.create_prompt(make_header(9), 1)
         metadata = json.loads((group.path / "zarr.json").read_text())
         (group.path / "zarr.json").write_text(json.dumps({**metadata, "attributes": {}}))
         assert len(store) == len(open_results(path)) == 1
-        assert store.create_prompt(make_header(8)).path == group.path
+        assert store.create_prompt(make_header(8), 1).path == group.path
         assert open_results(path)[1].U.shape == (8, 3, 7)
+
+
+def test_prompts_are_created_in_any_order_and_some_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    with create(path) as store:
+        for number in (3, 0):
+            store.create_prompt(make_header(6 + number), number)
+        for number in (1, 2):  # one whose creation was interrupted, one never begun
+            assert store.prompt(number) is None
+            (path / f"prompts/00000{number}").mkdir()
+        assert [group.tokens for group in store.prompts] == [6, 9]
+        later = store.prompt(3)
+        assert later is not None and (later.name, later.position) == ("prompts/000003", 8)
+        with pytest.raises(StoreError, match="exists already"):
+            store.create_prompt(make_header(6), 3)
+    assert [result.position for result in open_results(path)] == [5, 8]
 
 
 def test_data_is_synced_before_the_rename_and_before_the_commit(
@@ -397,7 +413,7 @@ def test_data_is_synced_before_the_rename_and_before_the_commit(
         replace(source, target)
 
     with create(tmp_path / "run.zarr") as store:
-        group = store.create_prompt(make_header(6))
+        group = store.create_prompt(make_header(6), 0)
         monkeypatch.setattr(os, "fsync", record_sync)
         monkeypatch.setattr(Path, "replace", record_replace)
         group.write_rows(0, make_rows(group, 0))
@@ -416,7 +432,7 @@ def test_full_disk_is_one_line_that_says_how_to_go_on(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with create(path) as store:
-        group = store.create_prompt(make_header(150))
+        group = store.create_prompt(make_header(150), 0)
         group.write_rows(0, make_rows(group, 0))
         group.commit(0)
         with monkeypatch.context() as patched:
@@ -438,7 +454,7 @@ def test_full_disk_is_one_line_that_says_how_to_go_on(
 def test_flipped_bit_is_detected_and_its_file_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run.zarr"
     with create(path) as store:
-        group = store.create_prompt(make_header(150))
+        group = store.create_prompt(make_header(150), 0)
         for owner in group.pending():
             group.write_rows(owner, make_rows(group, owner))
             group.commit(owner)
@@ -595,7 +611,7 @@ def test_header_that_does_not_fit_is_refused(change: dict[str, object]) -> None:
 
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with create(tmp_path / "run.zarr") as store:
-        group = store.create_prompt(make_header(6, requested=[1, 2]))
+        group = store.create_prompt(make_header(6, requested=[1, 2]), 0)
         rows = make_rows(group, 0)
         with pytest.raises(ValueError, match="n_iter"):
             group.write_rows(0, {name: a for name, a in rows.items() if name != "n_iter"})
@@ -627,7 +643,7 @@ def test_attributes_are_strict_json(tmp_path: Path) -> None:
     }
     with create(tmp_path / "run.zarr") as store:
         store.set_attrs(values)
-        group = store.create_prompt(make_header(6, attrs=values, plan={"tol": math.nan}))
+        group = store.create_prompt(make_header(6, attrs=values, plan={"tol": math.nan}), 0)
         expected = {
             "certificate": {"leak": None, "bounds": [1.0, "Infinity", "-Infinity"]},
             "array": [1.5, None],

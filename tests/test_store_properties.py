@@ -53,7 +53,7 @@ def test_interrupted_anywhere_the_rest_is_pending_and_the_end_is_the_same(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.zarr"
         with ResultStore.create(path, attrs={}, fingerprint={}) as store:
-            group = store.create_prompt(header)
+            group = store.create_prompt(header, 0)
             work = group.pending()
             assert work == [
                 index

@@ -222,7 +222,9 @@ class Terminal:
         self.words = words
 
     def started(self, number: int, total: int, text: str) -> None:
-        """Begins the progress bar of one prediction."""
+        """Begins the progress bar of one prediction, in place of one that is shown later."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
         self._title = f"{number + 1}/{total}"
         short = printable(text if len(text) <= 30 else f"…{text[-29:]}")
         self._task = self._progress.add_task(f"{self._title} {short}", total=None)

@@ -1,7 +1,7 @@
 """The result store: one Zarr v3 store per run, one group per prompt.
 
 with ResultStore.create("run.zarr", attrs={…}, fingerprint={…}) as store:
-    group = store.create_prompt(PromptHeader(…))
+    group = store.create_prompt(PromptHeader(…), 0)
     group.write_outputs(output=y, constant=c, attribution=a)
     for owner in group.pending():
         group.write_rows(owner, rows)

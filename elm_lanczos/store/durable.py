@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import glob
 import os
 import uuid
 from collections.abc import Iterator
@@ -84,24 +85,32 @@ def writing(path: Path) -> Iterator[None]:
 class RunLock:
     """The exclusive right to run on a store, held through a lock on the sibling file `PATH.lock`.
 
-    The kernel drops the lock with the process, however it ends. The file lies outside the store
-    because whatever lies inside is taken for a node of the Zarr hierarchy.
+    A run's further processes each hold `PATH.1.lock`, `PATH.2.lock`, …: a new run has to wait for
+    them too. The kernel drops a lock with the process, however it ends. The files lie outside the
+    store because whatever lies inside is taken for a node of the Zarr hierarchy.
 
     Args:
         path: The folder of the store.
+        rank: The number of the process in its run; 0 is the one that coordinates.
 
     Raises:
         StoreError: Another process holds the lock, or the file cannot be created.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rank: int = 0) -> None:
         folder = path.resolve()  # a store reached through a link has the same lock
-        self._lock = filelock.FileLock(folder.with_name(folder.name + ".lock"), timeout=0)
+        name = f"{folder.name}.{rank}.lock" if rank else f"{folder.name}.lock"
+        self._lock = filelock.FileLock(folder.with_name(name), timeout=0)
         with writing(path):
             make_folder(folder.parent)
             try:
                 self._lock.acquire()
+                if rank == 0:
+                    for file in folder.parent.glob(f"{glob.escape(folder.name)}.[0-9]*.lock"):
+                        with filelock.FileLock(file, timeout=0):
+                            file.unlink()
             except filelock.Timeout:
+                self.release()
                 raise StoreError(
                     f"{path} is in use by another run: wait for it to end or choose another --out"
                 ) from None

@@ -68,6 +68,13 @@ class PromptGroup:
         """The plan fixed at creation."""
         return self.attrs["plan"]
 
+    @property
+    def position(self) -> int:
+        """The output position whose prediction is explained."""
+        position = self.attrs["position"]
+        assert isinstance(position, int)
+        return position
+
     @cached_property
     def requested(self) -> Array:
         """Whether each token's triplets were asked for, bool (T,)."""
@@ -276,10 +283,9 @@ class PromptGroup:
     @property
     def positions(self) -> dict[int, PromptGroup]:
         """The groups of further output positions, by position."""
-        return {
-            int(name.removeprefix("position_")): PromptGroup(self._store, f"{self.name}/{name}")
-            for name in position_names(self.path)
-        }
+        names = position_names(self.path)
+        groups = [PromptGroup(self._store, f"{self.name}/{name}") for name in names]
+        return {group.position: group for group in groups}
 
     def create_position(self, header: PromptHeader) -> PromptGroup:
         """Create the group of a further output position inside this one.

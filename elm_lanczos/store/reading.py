@@ -70,8 +70,8 @@ def check_result_store(path: Path) -> None:
 def prompt_names(path: Path) -> list[str]:
     """List the prompts of a store in order.
 
-    A group's attributes are written last: one without them was being created when its run ended,
-    and only the last one can be.
+    A group's attributes are written last: one without them was being created when its run ended.
+    Prompts are created in any order, so that some may not exist yet while later ones do.
 
     Args:
         path: The folder of the store.
@@ -89,10 +89,7 @@ def prompt_names(path: Path) -> list[str]:
         entries = [entry.name for entry in folder.iterdir() if entry.name.isdecimal()]
     except OSError as error:
         raise StoreError(f"cannot read {folder}: {error.strerror or error}") from error
-    names = sorted(entries, key=int)
-    while names and not read_attributes(folder / names[-1]):
-        names.pop()
-    return names
+    return [name for name in sorted(entries, key=int) if read_attributes(folder / name)]
 
 
 def position_names(path: Path) -> list[str]:
@@ -104,11 +101,12 @@ def position_names(path: Path) -> list[str]:
     Returns:
         The names of the groups whose creation was completed.
     """
-    return sorted(
+    names = (
         entry.name
         for entry in path.glob("position_*")
         if entry.name.removeprefix("position_").isdecimal() and read_attributes(entry)
     )
+    return sorted(names, key=lambda name: int(name.removeprefix("position_")))
 
 
 def read_array(store: LocalStore, name: str, tokens: slice | None = None) -> Array:

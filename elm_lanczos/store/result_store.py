@@ -36,8 +36,8 @@ class ResultStore:
     """A result store open for one run.
 
     `create` and `resume` take an exclusive lock, held until `close` or the end of a `with` block: a
-    run has one coordinator, which creates every group. A worker process opens the store without the
-    lock and writes the owners it was given.
+    run has one coordinator. A further process of the run opens the store and takes a lock of its
+    own by `join`; it creates, writes and commits what it alone was given.
 
     Attributes:
         path: The folder of the store.
@@ -112,6 +112,17 @@ class ResultStore:
         check_result_store(Path(path))
         return cls(Path(path), read_only=mode == "r")
 
+    def join(self, rank: int) -> None:
+        """Hold the lock of a further process of the run that has this store, until `close`.
+
+        Args:
+            rank: The number of the process, from 1.
+
+        Raises:
+            StoreError: A process of that number uses the store already.
+        """
+        self._lock = RunLock(self.path, rank)
+
     def resume(self, fingerprint: Mapping[str, object]) -> None:
         """Lock the store to continue its run.
 
@@ -183,19 +194,25 @@ class ResultStore:
         """The groups of all prompts created, in order."""
         return [PromptGroup(self._store, f"prompts/{name}") for name in prompt_names(self.path)]
 
-    def create_prompt(self, header: PromptHeader) -> PromptGroup:
-        """Create the group of the next prompt with all its arrays.
+    def prompt(self, number: int) -> PromptGroup | None:
+        """The group of one prompt by its number from 0, or None if it is not created yet."""
+        group = PromptGroup(self._store, f"prompts/{number:06d}")
+        return group if group.attrs else None
+
+    def create_prompt(self, header: PromptHeader, number: int) -> PromptGroup:
+        """Create the group of a prompt with all its arrays.
 
         Args:
             header: What is known of the prompt.
+            number: Its number among the run's prompts, from 0; they are created in any order.
 
         Returns:
             The group, every requested row pending.
 
         Raises:
-            StoreError: The disk is full or the store cannot be written.
+            StoreError: It exists, the disk is full or the store cannot be written.
         """
-        return create_group(self._store, f"prompts/{len(self):06d}", header)
+        return create_group(self._store, f"prompts/{number:06d}", header)
 
     def write_summary(self) -> None:
         """Write the flat table over all prompts, replacing an earlier one.

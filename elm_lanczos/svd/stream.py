@@ -43,12 +43,18 @@ def row_blocks(
         The first row's number, and the rows (b, n, d).
     """
     m = batch.shape[1]
-    for start in range(0, m, plan.cotangent_block):
-        size = min(plan.cotangent_block, m - start)
-        Y = torch.zeros(size, m, dtype=batch.dtype, device=batch.device)
-        Y.diagonal(start).fill_(1.0)
-        count(size)
-        yield start, batch.rows(Y)
+    starts = range(0, m, plan.cotangent_block)
+
+    def cotangents() -> Iterator[Tensor]:
+        for start in starts:
+            size = min(plan.cotangent_block, m - start)
+            Y = torch.zeros(size, m, dtype=batch.dtype, device=batch.device)
+            Y.diagonal(start).fill_(1.0)
+            yield Y
+
+    for start, rows in zip(starts, batch.rows_of(cotangents()), strict=True):
+        count(len(rows))
+        yield start, rows
 
 
 def sketch(m: int, plan: Plan, like: Tensor) -> Tensor:
@@ -73,12 +79,12 @@ def stream(
     _, m, d = batch.shape
     Omega = sketch(m, plan, torch.empty(0, dtype=batch.dtype, device=batch.device))
     samples = [Omega.new_empty(len(index), plan.width, d) for index in groups]
-    for start in range(0, plan.width, plan.cotangent_block):
-        Y = Omega[start : start + plan.cotangent_block]
-        count(len(Y))
-        rows = batch.rows(Y).transpose(0, 1)
+    starts = range(0, plan.width, plan.cotangent_block)
+    for start, rows in zip(starts, batch.rows_of(Omega.split(plan.cotangent_block)), strict=True):
+        count(len(rows))
         for sample, index in zip(samples, groups, strict=True):
-            sample[:, start : start + len(Y)] = rows.index_select(0, index.to(rows.device))
+            part = rows.transpose(0, 1).index_select(0, index.to(rows.device))
+            sample[:, start : start + len(rows)] = part
     active: dict[int, BlockKrylov] = {}
     for position, index in enumerate(groups):
         active[position] = BlockKrylov(batch, plan, index, samples[position])
