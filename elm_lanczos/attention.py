@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from elm_lanczos.blockwise import Scores, blockwise_attention
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.freezing import marks_of
-from elm_lanczos.masks import Mask, registered_mask
+from elm_lanczos.masks import Mask, both, registered_mask
 
 EXPLICIT = 2**21
 """Attention probabilities of a layer, over all heads, up to which they are kept as a matrix."""
@@ -141,7 +141,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    masks: Sequence[Tensor | Mask],
+    masks: Sequence[Tensor],
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -152,8 +152,8 @@ def attention(
         q: (batch, heads, T, head_dim).
         k: (batch, kv_heads, S, head_dim).
         v: (batch, kv_heads, S, value_dim).
-        masks: (batch | 1, heads | 1, T | 1, S | 1) each, boolean (True attends), additive, or only
-            described.
+        masks: (batch | 1, heads | 1, T | 1, S | 1) each, or with fewer dimensions; boolean (True
+            attends), additive, or only described.
         scaling: factor of the scores.
         softcap: cap `c` of `c · tanh(scores / c)`.
         sinks: (heads,) or (batch, heads, T, 1), logits of the attention sinks.
@@ -168,7 +168,7 @@ def attention(
         sinks = sinks.expand(batch, heads, T, 1)
     if not is_explicit(batch * heads, T, k.shape[2]) and not marks_of(masks):
         grouped = None if sinks is None else sinks[..., 0].unflatten(1, (-1, groups))
-        how = Scores(scaling, softcap, tuple(_described(mask, T, k.shape[2]) for mask in masks))
+        how = _scores(scaling, softcap, masks, T, k.shape[2])
         out = blockwise_attention(q.unflatten(1, (-1, groups)), k, v, how, grouped)
         return out.flatten(1, 2)
     scores = torch.matmul(q.unflatten(1, (-1, groups)).flatten(2, 3), k.mT) * scaling
@@ -176,7 +176,7 @@ def attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     for mask in masks:
-        mask = mask.whole().to(scores.device) if isinstance(mask, Mask) else mask
+        mask = _made(mask, T, k.shape[2]).to(scores.device)
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
@@ -190,16 +190,31 @@ def attention(
     return torch.matmul(P, v[:, :, None]).reshape(batch, heads, T, -1)
 
 
-def _described(mask: Tensor | Mask, T: int, S: int) -> Tensor | Mask:
-    """A boolean tensor as a description of itself; anything else as it is."""
-    if isinstance(mask, Mask) or mask.dtype != torch.bool:
+def _is_described(mask: Tensor, T: int, S: int) -> bool:
+    """Whether a mask is described, and as the queries and keys are that it is used for."""
+    return isinstance(mask, Mask) and mask.piece is not None and mask.shape[-2:] == (T, S)
+
+
+def _made(mask: Tensor, T: int, S: int) -> Tensor:
+    """A mask as a boolean or additive tensor."""
+    if not isinstance(mask, Mask):
         return mask
-    seen = mask.expand(*mask.shape[:-2], T, S)
+    return mask.whole() if _is_described(mask, T, S) else mask.explicit
 
-    def piece(query: int, queries: int, key: int, keys: int) -> Tensor:
-        return seen[..., query : query + queries, key : key + keys]
 
-    return Mask((T, S), piece, lambda: seen)
+def _scores(
+    scaling: float, softcap: float | None, masks: Sequence[Tensor], T: int, S: int
+) -> Scores:
+    """How scores are made: what is hidden in one description, what is added beside it."""
+    seen: list[Tensor] = []
+    biases: list[Tensor] = []
+    for mask in masks:
+        if not _is_described(mask, T, S):
+            mask = _made(mask, T, S)
+            mask = mask[(None,) * (4 - mask.ndim)]
+        hides = isinstance(mask, Mask) or mask.dtype == torch.bool
+        (seen if hides else biases).append(mask)
+    return Scores(scaling, softcap, both(seen, T, S) if seen else None, tuple(biases))
 
 
 IMPLEMENTATION = "elm_lanczos_frozen"
@@ -220,7 +235,7 @@ def _registered_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Mask | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -236,7 +251,7 @@ def _registered_attention(
         query: (batch, heads, T, head_dim).
         key: (batch, kv_heads, S, head_dim).
         value: (batch, kv_heads, S, value_dim).
-        attention_mask: (batch, 1 | heads, T, S), additive, or described.
+        attention_mask: (batch, 1 | heads, T, S), additive, or only described.
         scaling: factor of the scores.
         softcap: cap of the scores.
         s_aux: (heads,), logits of attention sinks.

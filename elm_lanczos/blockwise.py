@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from elm_lanczos.masks import ALL, NONE, Mask
+from elm_lanczos.masks import ALL, NONE, Mask, some
 
 # Scores of a piece, over all heads: their bytes stay within caches.
 _PIECE = 2**21
@@ -38,13 +38,14 @@ class Scores:
     Attributes:
         scaling: factor of the products.
         softcap: cap `c` of `c · tanh(scores / c)`.
-        masks: applied one after the other: descriptions, or additive tensors (batch | 1, heads | 1,
-            T | 1, S | 1).
+        seen: which keys each query sees; all of them if there is none.
+        biases: added, (batch | 1, heads | 1, T | 1, S | 1) each.
     """
 
     scaling: float
     softcap: float | None = None
-    masks: tuple[Mask | Tensor, ...] = ()
+    seen: Mask | None = None
+    biases: tuple[Tensor, ...] = ()
 
     def of(self, q: Tensor, k: Tensor, first: int, key: int, *, whole: bool) -> Tensor:
         """The scores of a piece.
@@ -64,27 +65,22 @@ class Scores:
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         scores = scores.unflatten(2, (q.shape[2], queries))
-        for mask in self.masks:
-            if isinstance(mask, Mask):
-                if not whole:
-                    seen = mask.piece(first, queries, key, keys).to(scores.device)
-                    lowest = torch.finfo(scores.dtype).min
-                    scores = scores.masked_fill_(~_grouped(seen, q), lowest)
-            else:
-                part = _part(_part(mask, -2, first, queries), -1, key, keys)
-                scores = scores.add_(_grouped(part, q))
+        for bias in self.biases:
+            part = some(some(bias, -2, first, queries), -1, key, keys)
+            scores = scores.add_(_grouped(part, q))
+        if self.seen is not None and not whole:
+            assert self.seen.piece is not None
+            seen = self.seen.piece(first, queries, key, keys).to(scores.device)
+            scores = scores.masked_fill_(~_grouped(seen, q), torch.finfo(scores.dtype).min)
         return scores
 
     def grid(self, q: Tensor, k: Tensor) -> list[list[int]]:
         """How many of the keys of each piece its queries see (see `Mask.visible`)."""
         size = piece_size(q)
+        if self.seen is not None:
+            return self.seen.visible(size)
         rows, columns = len(range(0, q.shape[-2], size)), len(range(0, k.shape[-2], size))
-        described = [mask.visible(size) for mask in self.masks if isinstance(mask, Mask)]
-        grid = [[ALL] * columns for _ in range(rows)]
-        for visible in described:
-            pairs = zip(grid, visible, strict=True)
-            grid = [[min(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
-        return grid
+        return [[ALL] * columns] * rows
 
 
 def piece_size(q: Tensor) -> int:
@@ -105,11 +101,6 @@ def _grouped(mask: Tensor, q: Tensor) -> Tensor:
     """(batch | 1, heads | 1, ...) as it broadcasts with (batch, kv_heads, groups, ...)."""
     kv_heads, groups = q.shape[1:3]
     return mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, groups))
-
-
-def _part(x: Tensor, axis: int, start: int, count: int) -> Tensor:
-    """Some of an axis, or all of one that is broadcast."""
-    return x if x.shape[axis] == 1 else x.narrow(axis, start, count)
 
 
 def blockwise_attention(
@@ -145,17 +136,17 @@ def _normalisers(
     size, grid = piece_size(q), scores.grid(q, k)
     found = []
     for row, first in enumerate(range(0, q.shape[-2], size)):
-        some = q[..., first : first + size, :]
-        largest = torch.full_like(some[..., :1], torch.finfo(q.dtype).min)
+        part = q[..., first : first + size, :]
+        largest = torch.full_like(part[..., :1], torch.finfo(q.dtype).min)
         total = torch.zeros_like(largest)
         if sinks is not None:
-            largest = _part(sinks, -1, first, some.shape[-2])[..., None].expand_as(largest)
+            largest = some(sinks, -1, first, part.shape[-2])[..., None].expand_as(largest)
             total = torch.ones_like(largest)
         for column, key in enumerate(range(0, k.shape[-2], size)):
             if grid[row][column] == NONE:
                 continue
             whole = grid[row][column] == ALL
-            s = scores.of(some, k[..., key : key + size, :], first, key, whole=whole)
+            s = scores.of(part, k[..., key : key + size, :], first, key, whole=whole)
             before, largest = largest, torch.maximum(largest, s.amax(-1, keepdim=True))
             here = _exponential(s.sub_(largest)).sum(-1, keepdim=True)
             total = total * (before - largest).exp() + here
@@ -200,8 +191,9 @@ def _pieces(
                 queries: slice = queries,
                 whole: bool = grid[row][column] == ALL,
             ) -> Tensor:
-                some = q[..., queries, :]
-                s = scores.of(some, k[..., keys, :], queries.start, keys.start, whole=whole)
+                s = scores.of(
+                    q[..., queries, :], k[..., keys, :], queries.start, keys.start, whole=whole
+                )
                 return _exponential(s.sub_(largest[..., queries, :])).flatten(2, 3).flatten(0, 1)
 
             made.append((keys, weights))

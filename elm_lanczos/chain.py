@@ -25,6 +25,7 @@ from elm_lanczos.errors import (
     first_line,
 )
 from elm_lanczos.freezing import Freezing, Kind, flatten, linear, mark_of, rebuild
+from elm_lanczos.masks import Mask
 from elm_lanczos.model import DetachedModel
 
 
@@ -246,6 +247,8 @@ def _at_position(segments: tuple[Segment, ...], call: _Call, p: int) -> tuple[Se
 
     def row(value: Any) -> Any:
         """Of a tensor that has an axis of positions (its first one of length T) the one at p."""
+        if isinstance(value, Mask):
+            return value.row(p)
         if not isinstance(value, Tensor) or T not in value.shape:
             return value
         return value.narrow(value.shape.index(T), p, 1)

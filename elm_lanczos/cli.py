@@ -221,6 +221,7 @@ def plan(
     method: MethodOption = None,
     tol: TolOption = None,
     tokens: TokensOption = None,
+    positions: PositionsOption = None,
     batch: BatchOption = None,
     memory: MemoryOption = None,
     scratch: ScratchOption = None,

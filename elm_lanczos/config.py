@@ -182,6 +182,22 @@ def select_positions(spec: str, length: int) -> list[int]:
     return select_tokens("-1" if spec.strip() == "last" else spec, length, "--positions")
 
 
+def output_positions(config: RunConfig, length: int) -> list[int]:
+    """Returns the output positions of a prompt: the one its group is for, then the others in order.
+
+    Args:
+        config: `positions` and `generate` count.
+        length: number of tokens T of the prompt.
+
+    Returns:
+        The largest one within the prompt, smaller ones, and those of the tokens to generate.
+    """
+    wanted = set(select_positions(config.positions, length))
+    wanted |= {length - 1 + step for step in range(config.generate)}
+    main = max(position for position in wanted if position < length)
+    return [main, *sorted(wanted - {main})]
+
+
 def select_tokens(spec: str, length: int, option: str = "--tokens") -> list[int]:
     """Returns the token positions that `--tokens` names, in ascending order.
 

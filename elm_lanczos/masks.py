@@ -2,7 +2,7 @@
 
 transformers describes a mask by a function of indices, and makes of it what an attention needs. A
 `Mask` keeps the description. Attention asks it for the pieces it is about to use; any other use, in
-models that write their attention out, makes the whole mask first.
+models that write their attention out or work on the mask, makes the whole mask first.
 """
 
 from __future__ import annotations
@@ -14,154 +14,162 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elm_lanczos.freezing import rebuild
+from elm_lanczos.freezing import UNTYPED, function_name, is_in_place, rebuild
 
 NONE, SOME, ALL = 0, 1, 2
 """How many of a piece's queries see how many of its keys."""
 
+Piece = Callable[[int, int, int, int], Tensor]
+"""Makes of (query, queries, key, keys), first numbers and counts, a boolean piece of a mask, (batch
+| 1, heads | 1, queries, keys), True where the query sees the key."""
 
-class Mask:
-    """Which keys each query sees.
 
-    To torch functions and everything else that takes tensors it is the additive mask (batch | 1,
-    heads | 1, T, S) it stands for, made when it is first used so.
+class Mask(Tensor):
+    """Which keys each query sees: an additive mask (batch | 1, heads | 1, T, S) not made yet.
 
-    Args:
-        shape: (T, S).
-        piece: Makes of `(query, queries, key, keys)`, first numbers and counts, the boolean piece
-            (batch | 1, heads | 1, queries, keys), True where the query sees the key.
-        additive: Makes the whole additive mask.
+    It has shape, dtype and device of that tensor, and every torch function that is given it gets
+    that tensor, made when it is first needed. What is stored is one NaN.
+
+    Attributes:
+        piece: makes a piece of it; None once something has been written into it.
+        additive: makes the whole of it.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        piece: Callable[[int, int, int, int], Tensor],
+    piece: Piece | None
+    additive: Callable[[], Tensor]
+
+    @staticmethod
+    def of(
+        shape: Sequence[int],
+        piece: Piece,
         additive: Callable[[], Tensor],
-    ) -> None:
-        self.lengths = shape
-        self.piece = piece
-        self._additive = additive
-        self._visible: dict[int, list[list[int]]] = {}
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Mask:
+        """Describes a mask.
+
+        Args:
+            shape: (batch | 1, heads | 1, T, S).
+            piece: makes a piece of it.
+            additive: makes the whole additive mask.
+            dtype: of that.
+            device: of that.
+
+        Returns:
+            The mask.
+        """
+        nothing = torch.full((), torch.nan, dtype=dtype, device=device)
+        mask = nothing.expand(*shape).as_subclass(Mask)
+        mask.piece, mask.additive = piece, additive
+        return mask
 
     @cached_property
     def explicit(self) -> Tensor:
         """The additive mask."""
-        return self._additive()
+        return self.additive()
 
     def whole(self) -> Tensor:
-        """The boolean mask (batch | 1, heads | 1, T, S)."""
-        T, S = self.lengths
-        return self.piece(0, T, 0, S)
+        """The mask as a tensor: boolean, or additive if something has been written into it."""
+        T, S = self.shape[-2:]
+        return self.explicit if self.piece is None else self.piece(0, T, 0, S)
 
-    def row(self, query: int) -> Mask:
+    def row(self, query: int) -> Tensor:
         """The mask of one query.
 
         Args:
-            query: Its number.
+            query: its number.
 
         Returns:
-            The mask, of lengths (1, S).
+            The additive mask, (batch | 1, heads | 1, 1, S).
         """
-        S = self.lengths[1]
+        if self.piece is None:
+            return self.explicit[:, :, query : query + 1]
+        seen = self.piece(query, 1, 0, self.shape[-1])
+        nothing = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+        return nothing.masked_fill_(~seen, torch.finfo(self.dtype).min)
 
-        def piece(first: int, queries: int, key: int, keys: int) -> Tensor:
-            return self.piece(query + first, queries, key, keys)
-
-        return Mask((1, S), piece, lambda: self.explicit[:, :, query : query + 1])
+    @cached_property
+    def _grids(self) -> dict[int, list[list[int]]]:
+        return {}
 
     def visible(self, size: int) -> list[list[int]]:
         """What the pieces of a grid hold.
 
         Args:
-            size: Queries and keys of a piece.
+            size: queries and keys of a piece.
 
         Returns:
             NONE, SOME or ALL for each row of pieces and each piece in it. A row in which a query
             sees nothing at all is all SOME, as its softmax is over every key.
         """
-        if size not in self._visible:
-            T, S = self.lengths
-            self._visible[size] = [
-                self._row_of_pieces(first, min(size, T - first), size, S)
-                for first in range(0, T, size)
+        if size not in self._grids:
+            T = self.shape[-2]
+            starts = range(0, T, size)
+            self._grids[size] = [
+                self._pieces(first, min(size, T - first), size) for first in starts
             ]
-        return self._visible[size]
+        return self._grids[size]
 
-    def _row_of_pieces(self, first: int, queries: int, size: int, S: int) -> list[int]:
+    def _pieces(self, first: int, queries: int, size: int) -> list[int]:
+        """The row of pieces from a query on."""
+        S = self.shape[-1]
+        assert self.piece is not None
         row = self.piece(first, queries, 0, S)
         row = row.expand(*row.shape[:2], queries, S)
         if not row.any(-1).all():
             return [SOME] * len(range(0, S, size))
-        found = []
-        for part in row.split(size, -1):
-            found.append(ALL if bool(part.all()) else SOME if bool(part.any()) else NONE)
-        return found
-
-    # ------------------------------------------------------- as the tensor it stands for
+        return [
+            ALL if bool(part.all()) else SOME if bool(part.any()) else NONE
+            for part in row.split(size, -1)
+        ]
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Calls a torch function with the additive mask."""
-        return func(*explicit(args), **explicit(kwargs or {}))
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answers what does not depend on values; calls all else with the additive mask."""
+        kwargs = kwargs or {}
+        if function_name(func) in UNTYPED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is Tensor.to and isinstance(args[0], Mask) and _only_device(args[1:], kwargs):
+            return args[0]._on(torch.device(args[1] if len(args) > 1 else kwargs["device"]))
+        result = func(*_made(args), **_made(kwargs))
+        if is_in_place(func) and isinstance(args[0], Mask):
+            args[0].piece = None
+        return result
 
-    def __getattr__(self, name: str) -> Any:
-        """Anything a tensor has, of the additive mask."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.explicit, name)
-
-    def __getitem__(self, index: Any) -> Any:
-        """A part of the additive mask."""
-        return self.explicit[index]
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The mask itself for a device, as pieces go where they are used; else `Tensor.to`."""
-        given = [*args, *kwargs.values()]
-        if any(isinstance(value, torch.dtype | Tensor) for value in given):
-            return self.explicit.to(*args, **kwargs)
-        return self
+    def _on(self, device: torch.device) -> Mask:
+        """The mask on another device; pieces go where they are used."""
+        if device == self.device or self.piece is None:
+            return self
+        return Mask.of(self.shape, self.piece, lambda: self.explicit.to(device), self.dtype, device)
 
 
-for _name in "add radd sub rsub mul rmul truediv neg lt le gt ge eq ne invert and or".split():
-
-    def _operator(self: Mask, *others: Any, _name: str = f"__{_name}__") -> Any:
-        return getattr(self.explicit, _name)(*others)
-
-    setattr(Mask, f"__{_name}__", _operator)
-Mask.__hash__ = object.__hash__  # type: ignore[method-assign]
+def _only_device(args: Sequence[Any], kwargs: Any) -> bool:
+    given = [*args, *kwargs.values()]
+    return not any(isinstance(value, torch.dtype | Tensor) for value in given)
 
 
-def explicit(values: Any) -> Any:
-    """Nested arguments of a torch function with every mask in them made.
-
-    Args:
-        values: Tuples, lists and dicts of arguments.
-
-    Returns:
-        The same with tensors for masks.
-    """
+def _made(values: Any) -> Any:
+    """Nested arguments with every mask in them made."""
     return rebuild(lambda value: value.explicit if isinstance(value, Mask) else value, values)
 
 
-def registered_mask(*args: Any, **kwargs: Any) -> Mask | Tensor | None:
-    """The mask as transformers asks an attention's mask function for it.
+def registered_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask that transformers asks an attention's mask function for.
 
     Args:
-        *args: None are known.
-        **kwargs: Sizes, offsets, the function of indices, padding, as `sdpa_mask` takes them.
+        *args: as `transformers.masking_utils.eager_mask` takes them; then nothing is described.
+        **kwargs: the same by name: sizes, offsets, the function of indices, padding.
 
     Returns:
-        The mask; None where none is needed.
+        The additive mask, not made yet; None where none is needed.
     """
     # additive: also right for models that write their attention out and add the mask themselves
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    if args or not {"q_length", "kv_length"} <= kwargs.keys():
+    if args or not {"batch_size", "q_length", "kv_length"} <= kwargs.keys():
         return eager_mask(*args, **kwargs)
-    if kwargs.get("allow_is_bidirectional_skip") and eager_mask(**kwargs) is None:
+    if kwargs.get("allow_is_bidirectional_skip") and _everything_is_seen(kwargs):
         return None
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     given = {name: value for name, value in kwargs.items() if name != "dtype"} | skips
@@ -178,17 +186,35 @@ def registered_mask(*args: Any, **kwargs: Any) -> Mask | Tensor | None:
         assert found is not None  # nothing may be skipped
         return found
 
-    shape = (int(kwargs["q_length"]), int(kwargs["kv_length"]))
-    return Mask(shape, piece, lambda: eager_mask(**kwargs))
+    sizes = (int(kwargs[name]) for name in ("batch_size", "q_length", "kv_length"))
+    batch, T, S = sizes
+    return Mask.of(
+        (batch, 1, T, S),
+        piece,
+        lambda: eager_mask(**kwargs),
+        kwargs.get("dtype", torch.float32),
+        kwargs.get("device", "cpu"),
+    )
+
+
+def _everything_is_seen(kwargs: dict[str, Any]) -> bool:
+    """Whether transformers leaves out a mask in both directions, asked without making it."""
+    from transformers.masking_utils import sdpa_mask
+
+    def nothing(*_: Any) -> Tensor:
+        return torch.ones((), dtype=torch.bool, device=kwargs.get("device", "cpu"))
+
+    given = {name: value for name, value in kwargs.items() if name not in ("dtype", "use_vmap")}
+    return sdpa_mask(**(given | {"mask_function": nothing, "allow_is_causal_skip": False})) is None
 
 
 def causal(T: int, S: int, device: torch.device) -> Mask:
     """Query i sees the keys up to i.
 
     Args:
-        T: Queries.
-        S: Keys.
-        device: Where pieces are made.
+        T: queries.
+        S: keys.
+        device: where pieces are made.
 
     Returns:
         The mask.
@@ -198,8 +224,47 @@ def causal(T: int, S: int, device: torch.device) -> Mask:
         rows = torch.arange(query, query + queries, device=device)[:, None]
         return (rows >= torch.arange(key, key + keys, device=device))[None, None]
 
+    return _boolean((1, 1, T, S), piece, device)
+
+
+def both(masks: Sequence[Tensor], T: int, S: int) -> Mask:
+    """Queries see the keys that all of some masks let them see.
+
+    Args:
+        masks: boolean tensors (batch | 1, heads | 1, T | 1, S | 1), or described masks.
+        T: queries.
+        S: keys.
+
+    Returns:
+        The mask.
+    """
+    if len(masks) == 1 and isinstance(masks[0], Mask):
+        return masks[0]  # with what it knows of its pieces
+    shape = torch.broadcast_shapes(*(mask.shape for mask in masks), (1, 1, T, S))
+    pieces = [mask.piece if isinstance(mask, Mask) else None for mask in masks]
+
+    def piece(query: int, queries: int, key: int, keys: int) -> Tensor:
+        seen = torch.ones((), dtype=torch.bool, device=masks[0].device)
+        for mask, made in zip(masks, pieces, strict=True):
+            part = (
+                made(query, queries, key, keys)
+                if made is not None
+                else some(some(mask, -2, query, queries), -1, key, keys)
+            )
+            seen = seen & part.to(seen.device)
+        return seen.expand(*shape[:2], queries, keys)
+
+    return _boolean(shape, piece, masks[0].device)
+
+
+def some(x: Tensor, axis: int, start: int, count: int) -> Tensor:
+    """A part of an axis, or all of one that is broadcast."""
+    return x if x.shape[axis] == 1 else x.narrow(axis, start, count)
+
+
+def _boolean(shape: Sequence[int], piece: Piece, device: torch.device) -> Mask:
     def additive() -> Tensor:
-        unseen = ~piece(0, T, 0, S)
+        unseen = ~piece(0, shape[-2], 0, shape[-1])
         return torch.zeros(unseen.shape, device=device).masked_fill_(unseen, float("-inf"))
 
-    return Mask((T, S), piece, additive)
+    return Mask.of(shape, piece, additive, device=device)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from elm_lanczos.architectures import full_config
-from elm_lanczos.config import PlanConfig, select_tokens
+from elm_lanczos.config import PlanConfig, output_positions, select_tokens
 from elm_lanczos.errors import ModelError, UsageError, first_line
 from elm_lanczos.footprint import Footprint, spare
 from elm_lanczos.linearization import Linearization
@@ -170,11 +170,11 @@ def plan_run(config: PlanConfig, model: DetachedModel | None) -> Forecast:
 
 
 def _requests(config: PlanConfig, model: DetachedModel | None) -> list[tuple[str, int]]:
-    """Names and lengths of the linear systems: of each prompt, and of each token to generate."""
+    """Names and lengths of the linear systems: one for each output position of each prompt."""
     return [
-        (name, length + step)
+        (name, position + 1)
         for name, length in _prompts(config, model)
-        for step in range(max(1, config.generate))
+        for position in output_positions(config, length)
     ]
 
 

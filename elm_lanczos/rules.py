@@ -706,7 +706,11 @@ def piecewise_attention(mode: Freezing, func: Any, args: Any, kwargs: Any) -> An
     """`blockwise_attention(q, k, v, …)`: linear in v, with q and k frozen instead of P."""
     q, k, v, scores, sinks = args
     if kind_of(v) != Kind.LINEAR:
-        return coefficient(mode, func, args, kwargs)
+        result = coefficient(mode, func, args, kwargs)
+        mark = mark_of(result)
+        if mark is not None and mark.kind == Kind.NONLINEAR:
+            set_mark(result, mark._replace(bilinear=_of_three([mark_of(v)])))
+        return result
     unfixed = (Kind.LINEAR, Kind.NONLINEAR)
     fixed = [
         mode.freeze(mode.raise_precision(x)) if kind_of(x) in unfixed else x for x in (q, k, sinks)

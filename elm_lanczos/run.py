@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from elm_lanczos.analysis import attribute
-from elm_lanczos.config import ModelConfig, RunConfig, select_positions, select_tokens
+from elm_lanczos.config import (
+    ModelConfig,
+    RunConfig,
+    output_positions,
+    select_positions,
+    select_tokens,
+)
 from elm_lanczos.decode import decode_triplets
 from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.linearization import Certificate, Linearization
@@ -132,19 +138,8 @@ class Job:
     fingerprint: Mapping[str, object]
 
     def positions(self, number: int) -> list[int]:
-        """The output positions of a prompt: the one its group is for, then the others in order.
-
-        Args:
-            number: the number of the prompt, from 0.
-
-        Returns:
-            The largest one within the prompt, smaller ones, and those of the tokens to generate.
-        """
-        length = len(self.ids[number])
-        wanted = set(select_positions(self.config.positions, length))
-        wanted |= {length - 1 + step for step in range(self.config.generate)}
-        main = max(position for position in wanted if position < length)
-        return [main, *sorted(wanted - {main})]
+        """The output positions of a prompt, by its number (see `config.output_positions`)."""
+        return output_positions(self.config, len(self.ids[number]))
 
 
 Operators = Callable[[Linearization, Sequence[int]], OperatorBatch]

@@ -90,12 +90,12 @@ def test_value_vjp_and_jvp_are_those_of_the_explicit_matrix(
     if case["window"]:
         seen &= rows - columns < case["window"]
     additive = torch.zeros(1, 1, T, S, dtype=torch.float64).masked_fill(~seen, float("-inf"))
-    described = Mask(
-        (T, S),
+    described = Mask.of(
+        (1, 1, T, S),
         lambda first, queries, key, keys: seen[None, None, first:, key:][..., :queries, :keys],
         lambda: additive,
     )
-    masks: list[Tensor | Mask] = [seen[None, None] if case["boolean"] else described]
+    masks: list[Tensor] = [seen[None, None] if case["boolean"] else described]
     bias = {"alibi": (1, heads, 1, S), "full": (1, heads, T, S)}.get(case["bias"])
     if bias is not None:
         masks.append(normal(*bias))
@@ -125,7 +125,7 @@ def test_value_vjp_and_jvp_are_those_of_the_explicit_matrix(
 
 def test_a_block_is_one_product_and_each_piece_is_made_once(small_pieces: list[int]) -> None:
     q, k, v = (torch.randn(1, 1, 1, 16, 4), torch.randn(1, 1, 16, 4), torch.randn(1, 1, 16, 4))
-    scores = Scores(1.0, None, (causal(16, 16, q.device),))
+    scores = Scores(1.0, None, causal(16, 16, q.device))
     out, pull = torch.func.vjp(lambda v: blockwise_attention(q, k, v, scores), v)
     small_pieces.clear()
     torch.func.vmap(lambda g: pull(g)[0])(torch.randn(50, *out.shape))
@@ -220,7 +220,7 @@ def test_transformers_masks_are_described_and_made_alike() -> None:
             assert whole is not None
             assert torch.equal(mask.whole(), whole)
             assert torch.equal(mask.piece(2, 3, 5, 4), whole[..., 2:5, 5:9])
-            assert torch.equal(mask.row(3).whole(), whole[..., 3:4, :])
+            assert torch.equal(mask.row(3), mask.explicit[..., 3:4, :])
             assert torch.equal(mask.explicit, eager_mask(**given, dtype=torch.float32))
 
 
