@@ -213,7 +213,7 @@ class _Product(torch.autograd.Function):
             part = out[..., queries, :]
             sums = torch.zeros_like(part).flatten(2, 3).flatten(0, 1)
             for keys, weights in pieces:
-                sums.baddbmm_(weights(), V[:, keys])
+                torch.baddbmm(sums, weights(), V[:, keys], out=sums)
             torch.mul(sums.view(part.shape), inverse[..., queries, :], out=part)
         return out
 
@@ -243,7 +243,8 @@ class _Transposed(torch.autograd.Function):
         for queries, pieces in _pieces(q, k, largest, scores):
             scaled = (G[..., queries, :] * inverse[..., queries, :]).flatten(2, 3).flatten(0, 1)
             for keys, weights in pieces:
-                sums[:, keys].baddbmm_(weights().mT, scaled)
+                part = sums[:, keys]
+                torch.baddbmm(part, weights().mT, scaled, out=part)
         return out
 
     @staticmethod

@@ -395,7 +395,7 @@ class Linearization:
     def _raised_output(self) -> Tensor:
         """Runs the model's own code, unfrozen, with its casts to a lower precision left out."""
         model = self.model
-        with model.unfrozen(), Freezing(model.compute_dtype, {}, default=unfrozen):
+        with model.unfrozen(len(self.inputs)), Freezing(model.compute_dtype, {}, default=unfrozen):
             hidden = model.hidden_states(linear(self.inputs[None]), self.ids)
         return hidden[0, self.position]
 

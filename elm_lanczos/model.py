@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from elm_lanczos.attention import IMPLEMENTATION, register_attention
+from elm_lanczos.attention import IMPLEMENTATION, is_explicit, register_attention
 from elm_lanczos.conventions import frozen_conventions
 from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError, first_line
 from elm_lanczos.freezing import Freezing, precision
@@ -284,7 +284,7 @@ class DetachedModel:
         caught: list[Any] = []
         hook = self.decoder.register_forward_hook(lambda _m, _a, output: caught.append(output))
         try:
-            with self.unfrozen():
+            with self.unfrozen(length):
                 logits = self.hf_model(**options, use_cache=False).logits[0]
         finally:
             hook.remove()
@@ -436,15 +436,47 @@ class DetachedModel:
             yield
 
     @contextlib.contextmanager
-    def unfrozen(self) -> Iterator[None]:
+    def unfrozen(self, length: int) -> Iterator[None]:
         """Lets the model run as it is, its weights raised to `compute_dtype` layer by layer.
+
+        On long inputs attention that would make T×T arrays, of probabilities where it is written
+        out in torch or of a sliding mask, is replaced by this package's (see `blockwise`); fused
+        causal attention stays.
+
+        Args:
+            length: number of tokens T.
 
         Yields:
             Nothing.
         """
         kept, raised = _state_kept(self.hf_model), self.storage.plain(self.compute_dtype)
-        with self.arithmetic(), kept, evaluating(self.hf_model), raised, torch.no_grad():
+        text = self.hf_model.config.get_text_config(decoder=True)
+        heads = getattr(text, "num_attention_heads", None) or 1
+        wanted = {}
+        square = text._attn_implementation == "eager" or getattr(text, "sliding_window", None)
+        if square and not is_explicit(heads, length, length):
+            wanted["_attn_implementation_internal"] = IMPLEMENTATION
+        computing, names = self.arithmetic(), self._implementations(wanted)
+        with computing, names, kept, evaluating(self.hf_model), raised, torch.no_grad():
             yield
+
+    @contextlib.contextmanager
+    def _implementations(self, wanted: dict[str, str]) -> Iterator[None]:
+        """Sets names of implementations in the configs for the time being."""
+        register_attention()
+        before = [
+            (config, name, getattr(config, name))
+            for config in self._configs()
+            for name in wanted
+            if hasattr(config, name)
+        ]
+        try:
+            for config, name, _ in before:
+                setattr(config, name, wanted[name])
+            yield
+        finally:
+            for config, name, value in before:
+                setattr(config, name, value)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -458,28 +490,15 @@ class DetachedModel:
         Yields:
             Nothing.
         """
-        with self.arithmetic():
-            register_attention()
-            wanted = {
-                "_attn_implementation_internal": IMPLEMENTATION,
-                "_experts_implementation_internal": "eager",
-            }
-            before = [
-                (config, name, getattr(config, name))
-                for config in self._configs()
-                for name in wanted
-                if hasattr(config, name)
-            ]
-            try:
-                for config, name, _ in before:
-                    setattr(config, name, wanted[name])
-                hf_model = self.hf_model
-                kept, conventions = _state_kept(hf_model), frozen_conventions(hf_model)
-                with kept, evaluating(hf_model), conventions, self.storage.plain():
-                    yield
-            finally:
-                for config, name, value in before:
-                    setattr(config, name, value)
+        wanted = {
+            "_attn_implementation_internal": IMPLEMENTATION,
+            "_experts_implementation_internal": "eager",
+        }
+        with self.arithmetic(), self._implementations(wanted):
+            hf_model = self.hf_model
+            kept, conventions = _state_kept(hf_model), frozen_conventions(hf_model)
+            with kept, evaluating(hf_model), conventions, self.storage.plain():
+                yield
 
     def _configs(self) -> list[Any]:
         """Every config object that some module of the model holds."""

@@ -31,7 +31,7 @@ from elm_lanczos.config import (
 from elm_lanczos.decode import decode_triplets
 from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.linearization import Certificate, Linearization
-from elm_lanczos.memory import ceiling
+from elm_lanczos.memory import ceiling, size
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import OperatorBatch, TokenOperators
 from elm_lanczos.prompts import Prompt, read_prompts
@@ -542,6 +542,11 @@ def _prepare(
     tokens = select_tokens(config.tokens, position + 1)
     batch = TokenOperators(lin, tokens)
     plan = _plan(batch, lin.spare_bytes, config, prediction)
+    if adviser is not None and lin.held_bytes > lin.memory:
+        adviser.note(
+            f"the linearised layers and a block of vectors take about {size(lin.held_bytes)}, more "
+            f"than the {size(lin.memory)} to use"
+        )
     if adviser is not None and (line := _hint(batch, config, plan)):
         adviser.note(line)
     stored = {"svd": asdict(plan), "chain": chain_options(lin)}
