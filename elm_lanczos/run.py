@@ -554,6 +554,9 @@ def _prepare(
     if groups:
         groups[position] = next(iter(groups.values())).create_position(header)
     else:
+        if position + 1 < len(job.ids[prediction.number]):  # nowhere else is the whole prompt
+            whole = {"prompt": prediction.prompt.text}
+            header = replace(header, attrs={**header.attrs, **whole})
         groups[position] = store.create_prompt(header, prediction.number)
     return groups[position], lin, plan
 
