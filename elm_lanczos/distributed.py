@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import count, islice, tee
@@ -273,7 +273,7 @@ class Processes:
         """What this process ends with: one process alone says what has gone wrong."""
         # of another one's failure that one speaks, unless it is gone
         lost = isinstance(error, _LostError | dist.DistError | PeerError)
-        with suppress(RuntimeError):  # the key-value store may be gone
+        try:
             until = time.monotonic() + (_GRACE if lost else 0)
             while not self.told("failed") and time.monotonic() < until:
                 time.sleep(_POLL)
@@ -281,6 +281,9 @@ class Processes:
                 return PeerError()
             if isinstance(error, Exception):
                 self.tell("failed", self.rank)
+        except RuntimeError:  # the key-value store is gone, with the process that held it
+            if isinstance(error, PeerError):
+                return error  # which has said why it ended
         if lost:
             return ElmLanczosError(_LOST)
         if self.rank > 0 and isinstance(error, ElmLanczosError):
