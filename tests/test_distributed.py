@@ -21,6 +21,7 @@ from elm_lanczos.distributed import Processes
 from elm_lanczos.errors import PeerError, StoreError, UsageError
 from elm_lanczos.run import run
 from elm_lanczos.store import ResultStore, open_results
+from tests.processes import begun, ended
 from tests.test_run import PROMPTS, Listener, assert_same_bits, options
 
 LONG = " ".join(["we seek peace and freedom for all the world"] * 4)
@@ -105,7 +106,7 @@ def test_several_processes_make_the_store_that_one_makes(
 def test_killed_processes_are_replaced_by_any_number_of_others(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path, prompts: int, rank: int
 ) -> None:
-    given = {"generate": "8", "k": "4", "batch": "8", "method": "stream"}
+    given = {"generate": "4", "k": "2", "batch": "8", "method": "stream"}
     source = {"seq_file": str(prompt_file)} if prompts > 1 else {"text": LONG}
     command = ["--model", str(tiny_folder), "--quiet", "--top", "3"]
     for name, value in {**given, **source}.items():
@@ -124,7 +125,7 @@ def test_killed_processes_are_replaced_by_any_number_of_others(
     assert len(said) == (rank == 1) and all("--resume" in line for line in said), complaints
     assert not open_results(killed).complete
     config = options(
-        tiny_folder, killed, **source, generate=8, k=4, batch=8, method="stream", top=3
+        tiny_folder, killed, **source, generate=4, k=2, batch=8, method="stream", top=3
     )
     undisturbed = tmp_path / "undisturbed.zarr"
     run(config.model_copy(update={"out": str(undisturbed)}), Listener())
@@ -164,10 +165,20 @@ def test_failure_of_one_process_is_one_line(
     _, complaints = launcher.communicate(timeout=100)
     assert launcher.returncode != 0
     assert lines_of(complaints) == ["error: process 1: no space left"], complaints
-    unusable = started(2, "elm_lanczos", "run", *command, "--k", "33", "--out", out, "--overwrite")
-    _, complaints = unusable.communicate(timeout=100)
-    (line,) = lines_of(complaints)
-    assert unusable.returncode != 0 and "32 dimensions" in line
+
+
+def test_mistake_is_told_by_the_first_process_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun
+    command = ["run", "--model", tiny_folder, "--text", LONG, "--k", 33, "--out", tmp_path / "r"]
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
+    address["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    ranks = [
+        begun(*command, errors=tmp_path / str(rank), environment={**address, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert sorted(ended(rank, 100) or 0 for rank in ranks) == [1, 2]
+    (line,) = lines_of("".join((tmp_path / str(rank)).read_text() for rank in range(2)))
+    assert "32 dimensions" in line and not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
