@@ -174,7 +174,7 @@ def run(
     from elm_lanczos.report.json_lines import JsonLines
     from elm_lanczos.report.terminal import Terminal
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _processes() > 1:
         from elm_lanczos.distributed import run as run_prompts
     else:
         from elm_lanczos.run import run as run_prompts
@@ -590,7 +590,33 @@ _CommandLineError: Any = next(
 
 def _is_first() -> bool:
     """Whether this is the only process of a run, or the one that speaks for all of them."""
-    return os.environ.get("RANK", "0") == "0"
+    count, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
+    several = count.isdecimal() and int(count) > 1
+    return not (several and rank.isdecimal() and int(rank) > 0)
+
+
+def _processes() -> int:
+    """How many processes this run has.
+
+    Returns:
+        What the launcher says, 1 if there is none.
+
+    Raises:
+        UsageError: if what it says about them cannot be used.
+    """
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if count in ("0", "1"):
+        return 1
+    advice = "start several processes by torchrun or accelerate launch, or unset WORLD_SIZE"
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR"):
+        value = os.environ.get(name)
+        if not value:
+            raise UsageError(f"WORLD_SIZE is {count!r} but {name} is not set: {advice}")
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise UsageError(f"{name} is {value!r}, which is no number: {advice}")
+    if int(os.environ["RANK"]) >= int(count):
+        raise UsageError(f"RANK is {os.environ['RANK']} of WORLD_SIZE {count} processes: {advice}")
+    return int(count)
 
 
 def _fail(message: str, code: int, *, quiet: bool = False) -> int:

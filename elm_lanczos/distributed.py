@@ -3,10 +3,10 @@
 The processes agree through the key-value store that torchrun gives them. The first one coordinates:
 it holds the store's lock, deals the work, writes the summary and shows the results. Prompts are
 dealt one at a time, longest first, each with all its positions to one process. Where fewer prompts
-are left than there are processes, the first one solves them in turn and the *blocks* of vectors
-that go through the model are dealt instead, one to each process a round. A block has the borders
-and the composition that it has in one process, and every process computes under the options in the
-store, so the bits of a store do not depend on how many processes made it.
+are left at the start than there are processes, the first one solves them in turn and the *blocks*
+of vectors that go through the model are dealt instead, one to each process a round. A block has the
+borders and the composition that it has in one process, and every process computes under the options
+in the store, so the bits of a store do not depend on how many processes made it.
 
 Waiting is polling: a signal is answered at once, a failure elsewhere is seen, and nothing waits for
 ever for processes that give no sign of life.
@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import count, islice, tee
@@ -61,9 +61,10 @@ _JOINING = timedelta(minutes=5)
 _PATIENCE = timedelta(hours=2)
 """How long the others may give no sign of life."""
 
-_POLL, _BEAT, _GRACE = 0.02, 2.0, 10.0
-"""Seconds between looks at the key-value store and between signs of life; and those in which a lost
-process may say why, or its launcher may end the others."""
+_POLL, _LOOK, _BEAT, _GRACE = 0.02, 1.0, 2.0, 10.0
+"""Seconds between looks at the key-value store, the same during an exchange, and between signs of
+life; and those in which a lost process may say why, or its launcher may end the
+others."""
 
 _LOST = (
     "another process of this run has ended; finished rows are kept: go on with --resume --out STORE"
@@ -109,7 +110,7 @@ def run(
             options = {"resume": resume, "overwrite": overwrite}
             with open_store(path, job, **options, sharing=sharing) as store:
                 observer.opened(path, job.model.token_strings)
-                forget_damaged(store, job, observer)
+                forget_damaged(store, job, observer, processes.beat)
                 left = [n for n in range(len(prompts)) if _unfinished(store, job, n)]
                 left.sort(key=lambda number: -len(job.ids[number]))
                 processes.tell("work", {"path": str(path), "left": left})
@@ -270,8 +271,9 @@ class Processes:
 
     def _end(self, error: BaseException) -> BaseException:
         """What this process ends with: one process alone says what has gone wrong."""
-        with suppress(RuntimeError):  # the key-value store may be gone
-            lost = isinstance(error, _LostError | dist.DistError)
+        # of another one's failure that one speaks, unless it is gone
+        lost = isinstance(error, _LostError | dist.DistError | PeerError)
+        try:
             until = time.monotonic() + (_GRACE if lost else 0)
             while not self.told("failed") and time.monotonic() < until:
                 time.sleep(_POLL)
@@ -279,7 +281,10 @@ class Processes:
                 return PeerError()
             if isinstance(error, Exception):
                 self.tell("failed", self.rank)
-        if isinstance(error, _LostError | dist.DistError):
+        except RuntimeError:  # the key-value store is gone, with the process that held it
+            if isinstance(error, PeerError):
+                return error  # which has said why it ended
+        if lost:
             return ElmLanczosError(_LOST)
         if self.rank > 0 and isinstance(error, ElmLanczosError):
             return ElmLanczosError(f"process {self.rank}: {error}")
@@ -457,7 +462,7 @@ class Rounds:
         """The header of a round: what the first process gives, in every process."""
         header = torch.zeros(1 + self.width, dtype=torch.int64)
         header[: 1 + len(sizes)] = torch.tensor([kind, *sizes])
-        _finish(dist.broadcast(header, 0, async_op=True))
+        self._finish(dist.broadcast(header, 0, async_op=True))
         return [int(entry) for entry in header]
 
     def _round(
@@ -470,10 +475,10 @@ class Rounds:
     ) -> list[Tensor]:
         """One round; X and index are overwritten where they are not those of the first process."""
         X = X.to(self._wire)
-        _finish(dist.broadcast(X, 0, async_op=True))
+        self._finish(dist.broadcast(X, 0, async_op=True))
         every = torch.cat(list(index)) if index else torch.zeros(len(X), dtype=torch.int64)
         if kind != _ROWS:
-            _finish(dist.broadcast(every, 0, async_op=True))
+            self._finish(dist.broadcast(every, 0, async_op=True))
         rank, (n, m, d) = self._processes.rank, batch.shape
         shape = {_ROWS: (n, d), _MATVEC: (m,), _RMATVEC: (d,)}[kind]
         mine = torch.zeros(max(sizes), *shape, dtype=batch.dtype, device=self._wire)
@@ -482,26 +487,30 @@ class Rounds:
             which = every.split(list(sizes))[rank]
             mine[: len(block)] = _product(batch, kind, block, which).to(self._wire)
         parts = [torch.empty_like(mine) for _ in range(self.width)] if rank == 0 else None
-        _finish(dist.gather(mine, parts, 0, async_op=True))
+        self._finish(dist.gather(mine, parts, 0, async_op=True))
         some = zip(parts or [], sizes, strict=False)
         return [part[:size].to(batch.device) for part, size in some]
+
+    def _finish(self, work: dist.Work | None) -> None:
+        """Waits for an exchange; a signal is answered meanwhile, and a failure elsewhere seen."""
+        assert work is not None
+        look = time.monotonic() + _LOOK
+        while not work.is_completed():
+            time.sleep(0.0002)
+            if time.monotonic() > look:
+                look = time.monotonic() + _LOOK
+                if self._processes.told("failed"):
+                    raise PeerError
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise _LostError from error
 
 
 def _product(batch: TokenOperators, kind: int, X: Tensor, index: Tensor) -> Tensor:
     if kind == _ROWS:
         return batch.rows(X)
     return batch.matvec(X, index) if kind == _MATVEC else batch.rmatvec(X, index)
-
-
-def _finish(work: dist.Work | None) -> None:
-    """Waits for an exchange; a signal is answered meanwhile."""
-    assert work is not None
-    while not work.is_completed():
-        time.sleep(0.0002)
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise _LostError from error
 
 
 class SplitOperators(OperatorBatch):

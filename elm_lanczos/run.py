@@ -444,16 +444,20 @@ def solve_prompt(
         observer.finished(open_results(store.path).group(group.name))
 
 
-def forget_damaged(store: ResultStore, job: Job, observer: Observer) -> None:
+def forget_damaged(
+    store: ResultStore, job: Job, observer: Observer, beat: Callable[[], None] = lambda: None
+) -> None:
     """Reads what a continued run has done, so that what is damaged is computed again.
 
     Args:
         store: the store, open for writing.
         job: the run.
         observer: told which files are damaged.
+        beat: called before each group is read.
     """
     for number in range(len(job.prompts)):
         for group in groups_of(store, number).values():
+            beat()
             for fault in group.forget_damaged():
                 observer.note(f"{fault}; it is computed again")
 
@@ -554,6 +558,9 @@ def _prepare(
     if groups:
         groups[position] = next(iter(groups.values())).create_position(header)
     else:
+        if position + 1 < len(job.ids[prediction.number]):  # nowhere else is the whole prompt
+            whole = {"prompt": prediction.prompt.text}
+            header = replace(header, attrs={**header.attrs, **whole})
         groups[position] = store.create_prompt(header, prediction.number)
     return groups[position], lin, plan
 

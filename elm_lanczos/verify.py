@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +161,15 @@ def verify(
     results = open_results(path)
     store = LocalStore(results.path, read_only=True)
     faults: list[Fault] = []
-    numbers = [int(prompt.path.name) for prompt in results]
-    for missing in sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers)):
-        faults.append(Fault("is missing", f"prompts/{missing:06d}"))
     groups = [
         _read_group(store, results.group(name), results.attrs)
         for prompt in results
-        for name in _names(results, prompt, faults)
+        for name in _names(prompt)
     ]
-    complete = _is_complete(results, faults) and all(
+    ended = _is_complete(results, faults)
+    if ended:  # before, prompts are created in any order
+        faults += _gaps(results)
+    complete = ended and all(
         group.attributes is not None and group.attributes.finished for group in groups
     )
     faults += [fault for group in groups for fault in group.faults]
@@ -189,13 +190,18 @@ def verify(
     )
 
 
-def _names(results: Results, prompt: PromptResult, faults: list[Fault]) -> list[str]:
+def _names(prompt: PromptResult) -> list[str]:
     """The paths of a prompt's group and of those of its further positions."""
-    try:
-        return [prompt.name, *(f"{prompt.name}/{name}" for name in position_names(prompt.path))]
-    except StoreError as error:
-        faults.append(Fault(str(error), prompt.name))
-        return [prompt.name]
+    return [prompt.name, *(f"{prompt.name}/{name}" for name in position_names(prompt.path))]
+
+
+def _gaps(results: Results) -> Iterator[Fault]:
+    """One fault for each row of prompts that are not there though later ones are."""
+    numbers = [-1, *(int(prompt.path.name) for prompt in results)]
+    for before, after in pairwise(numbers):
+        if after > before + 1:
+            several = f", like all up to {after - 1:06d}" if after > before + 2 else ""
+            yield Fault(f"is missing{several}", f"prompts/{before + 1:06d}")
 
 
 def _is_complete(results: Results, faults: list[Fault]) -> bool:
@@ -332,6 +338,13 @@ def _prompt_faults(group: _Group, vocabulary: int) -> Iterator[Fault]:
         if not np.isfinite(getattr(result, spec.name)).all():
             yield Fault("holds NaN or infinity", name, spec.name)
     certificate = attributes.certificate
+    given_up = group.done > int(group.rows.sum())  # rows of NaN, whose residuals are NaN too
+    if certificate is not None and given_up:
+        certificate = replace(
+            certificate,
+            residual=_nan_for_none(certificate.residual),
+            orthogonality=_nan_for_none(certificate.orthogonality),
+        )
     if certificate is None or certificate.residual is None:
         yield Fault("is finished but has no certificate", name, file=metadata)
         return
@@ -339,7 +352,7 @@ def _prompt_faults(group: _Group, vocabulary: int) -> Iterator[Fault]:
         yield Fault(f"certificate of dtype {certificate.dtype!r}", name, file=metadata)
     elif sorted(map(str, result.certificate.get("failures") or ())) != sorted(certificate.failures):
         yield Fault("the certificate's verdict is not that of its figures", name, file=metadata)
-    if group.rows.all() or group.not_converged == 0:
+    if not given_up:
         S, residual = result.S[group.rows].astype(float), result.residual[group.rows].astype(float)
         scale = np.where(S[:, :1] > 0, S[:, :1], 1)
         worst = float((residual / scale).max(initial=0.0))
@@ -348,12 +361,14 @@ def _prompt_faults(group: _Group, vocabulary: int) -> Iterator[Fault]:
             yield Fault(f"{reason}{worst:.3g}", name, file=metadata)
 
 
+def _nan_for_none(figure: float | None) -> float:
+    """A figure as it was before it was written: JSON has no NaN."""
+    return float("nan") if figure is None else figure
+
+
 def _summary_faults(store: LocalStore, results: Results) -> Iterator[Fault]:
     """Where the summary differs from the prompts."""
-    names = [
-        [prompt.name, *(f"{prompt.name}/{name}" for name in position_names(prompt.path))]
-        for prompt in results
-    ]
+    names = [_names(prompt) for prompt in results]
     for name, values in (summary_columns(store, names) if names else {}).items():
         try:
             stored = read_array(store, f"{SUMMARY}/{name}")
@@ -423,8 +438,8 @@ def _other_model(
     Returns:
         Its name, the stored value and the one now; None if there is none.
     """
-    prompts = [Prompt(p.id, p.text) for p in results] if whole else []
-    ids = [torch.as_tensor(p.token_ids).long() for p in results] if whole else []
+    prompts = [Prompt(p.id, p.prompt) for p in results] if whole else []
+    ids = [_whole_ids(p, model) for p in results] if whole else []
     now: Any = to_json(run_fingerprint(config, model, prompts, ids))
     stored: Any = results.attrs.get("fingerprint")
     if not isinstance(stored, dict):
@@ -432,6 +447,14 @@ def _other_model(
     left_out = _OF_THIS_MACHINE if whole else (*_OF_THIS_MACHINE, "prompts")
     kept = [{k: v for k, v in fields.items() if k not in left_out} for fields in (stored, now)]
     return first_difference(kept[0], kept[1])
+
+
+def _whole_ids(result: PromptResult, model: DetachedModel) -> torch.Tensor:
+    """The token ids of a prompt; the stored ones, if only of its beginning, and the others."""
+    stored = torch.as_tensor(result.token_ids).long()
+    if result.prompt == result.text:
+        return stored
+    return torch.cat([stored, model.encode(result.prompt)[len(stored) :].cpu()])
 
 
 def _residual_faults(group: _Group, model: DetachedModel, chosen: Array) -> Iterator[Fault]:

@@ -324,3 +324,40 @@ def test_check_of_all(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_mistaken_check_gets_one_line(command, arguments: tuple[str, ...], message: str) -> None:
     code, out, err = command(*arguments)
     assert code in (1, 2) and message in err and err.count("\n") == 1 and out == ""
+
+
+def test_number_of_a_process_alone_silences_nothing(
+    command, monkeypatch: pytest.MonkeyPatch, files: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = command("run", "--config", files / "key.yaml")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command("run", "--config", files / "key.yaml") == (2, "", "")  # the first one says it
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "-1", "RANK": "1"}, "WORLD_SIZE is '-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK is 'one'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_PORT": "1", "MASTER_ADDR": "localhost"},
+            "RANK is 2 of WORLD_SIZE 2",
+        ),
+    ],
+)
+def test_launcher_that_says_too_little_gets_one_line(
+    command, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], says: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = command("run", "--text", TEXT)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert says in err and "torchrun" in err

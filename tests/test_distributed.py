@@ -7,17 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
-import elm_lanczos
-from elm_lanczos.errors import StoreError
+import elm_lanczos.distributed
+from elm_lanczos.distributed import Processes
+from elm_lanczos.errors import PeerError, StoreError, UsageError
 from elm_lanczos.run import run
 from elm_lanczos.store import ResultStore, open_results
+from tests.processes import begun, ended
 from tests.test_run import PROMPTS, Listener, assert_same_bits, options
 
 LONG = " ".join(["we seek peace and freedom for all the world"] * 4)
@@ -102,7 +106,7 @@ def test_several_processes_make_the_store_that_one_makes(
 def test_killed_processes_are_replaced_by_any_number_of_others(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path, prompts: int, rank: int
 ) -> None:
-    given = {"generate": "8", "k": "4", "batch": "8", "method": "stream"}
+    given = {"generate": "4", "k": "2", "batch": "8", "method": "stream"}
     source = {"seq_file": str(prompt_file)} if prompts > 1 else {"text": LONG}
     command = ["--model", str(tiny_folder), "--quiet", "--top", "3"]
     for name, value in {**given, **source}.items():
@@ -121,7 +125,7 @@ def test_killed_processes_are_replaced_by_any_number_of_others(
     assert len(said) == (rank == 1) and all("--resume" in line for line in said), complaints
     assert not open_results(killed).complete
     config = options(
-        tiny_folder, killed, **source, generate=8, k=4, batch=8, method="stream", top=3
+        tiny_folder, killed, **source, generate=4, k=2, batch=8, method="stream", top=3
     )
     undisturbed = tmp_path / "undisturbed.zarr"
     run(config.model_copy(update={"out": str(undisturbed)}), Listener())
@@ -161,10 +165,56 @@ def test_failure_of_one_process_is_one_line(
     _, complaints = launcher.communicate(timeout=100)
     assert launcher.returncode != 0
     assert lines_of(complaints) == ["error: process 1: no space left"], complaints
-    unusable = started(2, "elm_lanczos", "run", *command, "--k", "33", "--out", out, "--overwrite")
-    _, complaints = unusable.communicate(timeout=100)
-    (line,) = lines_of(complaints)
-    assert unusable.returncode != 0 and "32 dimensions" in line
+
+
+def test_mistake_is_told_by_the_first_process_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun
+    command = ["run", "--model", tiny_folder, "--text", LONG, "--k", 33, "--out", tmp_path / "r"]
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
+    address["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    ranks = [
+        begun(*command, errors=tmp_path / str(rank), environment={**address, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert sorted(ended(rank, 100) or 0 for rank in ranks) == [1, 2]
+    (line,) = lines_of("".join((tmp_path / str(rank)).read_text() for rank in range(2)))
+    assert "32 dimensions" in line and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_one_process_says_what_has_gone_wrong(failing: int) -> None:
+    store, ends = dist.HashStore(), dict[int, BaseException]()
+
+    def work(rank: int) -> None:
+        if rank == failing:
+            raise UsageError("no such option")
+        time.sleep(0.1 * (rank == 0))
+
+    def part(rank: int) -> None:
+        processes = Processes(store, rank, 3)
+        try:
+            processes.together("prepared", lambda: work(rank))
+        except Exception as error:
+            time.sleep(0.2 * (rank == failing))  # the others are first
+            ends[rank] = processes._end(error)
+
+    threads = [threading.Thread(target=part, args=[rank]) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert "no such option" in str(ends.pop(failing))
+    assert len(ends) == 2 and all(isinstance(end, PeerError) for end in ends.values())
+
+
+def test_failure_of_a_process_that_is_gone_is_told_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(elm_lanczos.distributed, "_GRACE", 0.1)
+    store = dist.HashStore()
+    ends = [Processes(store, rank, 3)._end(PeerError()) for rank in range(2)]
+    assert "another process of this run has ended" in str(ends[0])
+    assert isinstance(ends[1], PeerError)
 
 
 def test_a_store_waits_for_every_process_of_its_run(tmp_path: Path) -> None:
@@ -177,7 +227,22 @@ def test_a_store_waits_for_every_process_of_its_run(tmp_path: Path) -> None:
             pytest.raises(StoreError, match="in use by another run"),
         ):
             store.resume({})
-    (tmp_path / "r.zarr.2.lock").touch()  # of a process that is gone
+    (tmp_path / "r.zarr.lock.2").touch()  # of a process that is gone
     with ResultStore.open(path, "r+") as store:
         store.resume({})
-        assert [file.name for file in tmp_path.glob("*.lock")] == ["r.zarr.lock"]
+        assert [file.name for file in tmp_path.glob("*.lock*")] == ["r.zarr.lock"]
+
+
+def test_locks_of_processes_are_not_those_of_other_stores(tmp_path: Path) -> None:
+    stores = []
+    for name in ("r.zarr.1", "r.zarr.2024.zarr", "r.zarr.lock.2.old", "r.zarr"):
+        stores.append(ResultStore.create(tmp_path / name, attrs={}, fingerprint={}))
+    with ResultStore.open(tmp_path / "r.zarr", "r+") as second:
+        second.join(1)
+    for store in stores:
+        assert Path(f"{store.path}.lock").exists()
+        with pytest.raises(StoreError, match="in use"):
+            ResultStore.open(store.path, "r+").resume({})
+    for store in stores:
+        store.close()
+    assert not list(tmp_path.glob("*.lock"))

@@ -146,7 +146,7 @@ def test_run_killed_while_it_forgets_is_mended_by_the_next(
 
 def test_rows_given_up_with_nan_are_no_damage(tmp_path: Path) -> None:
     with ResultStore.create(tmp_path / "r.zarr", attrs=ATTRS, fingerprint={}) as store:
-        group = store.create_prompt(make_header(6))
+        group = store.create_prompt(make_header(6), 0)
         rows = make_rows(group, 0)
         for name in ("U", "S", "V", "residual", "error_bound"):
             rows[name][:] = np.nan

@@ -232,7 +232,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 id=NASTY[number] + NASTY[3], text=NASTY[7], token_ids=[1, 2],
                 token_strings=[NASTY[0], NASTY[2]], m=7, d=5, k=3, top=2, plan=plan,
             )  # fmt: skip
-            group = created.create_prompt(header)
+            group = created.create_prompt(header, number)
             group.write_rows(0, make_rows(group, 0))
             group.commit(0)
             write_outputs(group)

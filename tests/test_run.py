@@ -22,6 +22,7 @@ from elm_lanczos.errors import StoreError, UsageError
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.run import run
 from elm_lanczos.store import PromptResult, Status, open_results
+from tests.processes import begun, ended
 
 PROMPTS = ["the Soviet Union and the", "peace and security of the", "my fellow citizens, we have"]
 
@@ -178,12 +179,13 @@ def test_other_positions_have_the_systems_of_the_tokens_so_far(
 
 
 def test_positions_and_prompts_that_are_missing_are_made_in_any_order(
-    tiny_folder: Path, tmp_path: Path, prompt_file: Path
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
-    given = {"seq_file": str(prompt_file), "positions": "last:3", "generate": 2, "k": 2}
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    given = {"seq_file": str(tmp_path / "prompts.txt"), "positions": "last:3", "generate": 2}
     whole, holes = tmp_path / "whole.zarr", tmp_path / "holes.zarr"
-    run(options(tiny_folder, whole, **given), Listener())
-    run(options(tiny_folder, holes, **given), Listener())
+    run(options(tiny_folder, whole, k=2, **given), Listener())
+    shutil.copytree(whole, holes)
     names = [group.name for group in open_results(holes)[1].positions.values()]
     assert len(names) == 3
     shutil.rmtree(holes / names[1])  # one that was never begun,
@@ -191,9 +193,9 @@ def test_positions_and_prompts_that_are_missing_are_made_in_any_order(
         metadata = json.loads((group / "zarr.json").read_text())
         (group / "zarr.json").write_text(json.dumps({**metadata, "attributes": {}}))
     listener = Listener()
-    run(options(tiny_folder, holes, **given), listener, resume=True)
+    run(options(tiny_folder, holes, k=2, **given), listener, resume=True)
     assert_same_bits(whole, holes)
-    assert len(listener.finished_texts) == 3 * 4 and listener.made != []
+    assert len(listener.finished_texts) == 2 * 4 and listener.made != []
 
 
 def test_tokens_that_were_not_asked_for_stay_empty(tiny_folder: Path, tmp_path: Path) -> None:
@@ -253,25 +255,27 @@ def test_same_seed_gives_the_same_bits(tiny_folder: Path, tmp_path: Path) -> Non
 def test_killed_runs_end_with_the_same_bits(tiny_folder: Path, tmp_path: Path, method: str) -> None:
     long = " ".join(["we seek peace and freedom for all the world"] * 15)  # several owners
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join([*PROMPTS, long]))
-    given = ["--k", "3", "--method", method, "--generate", "1", "--quiet", "--seed", "5"]
-    command = [sys.executable, "-m", "elm_lanczos", "run", "--model", str(tiny_folder)]
-    command += ["--seq-file", str(file), *given]
+    file.write_text("\n".join([PROMPTS[0], long]))
+    given = ["--k", "2", "--method", method, "--generate", "1", "--quiet", "--seed", "5"]
+    command = ["run", "--model", tiny_folder, "--seq-file", file, *given]
     undisturbed, killed = tmp_path / "undisturbed.zarr", tmp_path / "killed.zarr"
-    begun = time.monotonic()
-    subprocess.run([*command, "--out", str(undisturbed)], check=True)
-    duration = time.monotonic() - begun
+    process = begun(*command, "--out", undisturbed)
+    while not (undisturbed / "zarr.json").exists() and process.is_alive():
+        time.sleep(0.01)
+    opened = time.monotonic()
+    assert ended(process) == 0
+    duration = time.monotonic() - opened
     rng = random.Random(method)
     kills = 0
     for _ in range(5):
-        process = subprocess.Popen([*command, "--out", str(killed), "--resume"])
+        process = begun(*command, "--out", killed, "--resume")
         # somewhere between the opening of the store and the end
-        while not (killed / "zarr.json").exists() and process.poll() is None:
+        while not (killed / "zarr.json").exists() and process.is_alive():
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5) * duration)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    subprocess.run([*command, "--out", str(killed), "--resume"], check=True)
+        process.kill()
+        kills += ended(process) == -signal.SIGKILL
+    assert ended(begun(*command, "--out", killed, "--resume")) == 0
     assert kills >= 2
     assert_same_bits(undisturbed, killed)
 

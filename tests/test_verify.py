@@ -14,7 +14,7 @@ import zarr
 
 from elm_lanczos.config import RunConfig
 from elm_lanczos.errors import StoreError
-from elm_lanczos.store import Status, open_results
+from elm_lanczos.store import PromptGroup, Status, open_results
 from elm_lanczos.store.layout import LAYOUT
 from elm_lanczos.verify import Verification, verify
 from tests.test_cli import command  # noqa: F401
@@ -139,8 +139,17 @@ def test_file_where_a_folder_should_be(store: Path) -> None:
     assert [f.array for f in read(store).faults] == ["V"]
     shutil.rmtree(store / PROMPT)
     (store / PROMPT).write_text("no folder")
-    with pytest.raises(StoreError, match="cannot read"):  # it is the last prompt
-        read(store)
+    (fault,) = read(store).faults
+    assert fault.group == PROMPT and "cannot read" in fault.reason
+
+
+@pytest.mark.parametrize("name", ["prompts/000000", PROMPT])
+def test_run_on_damaged_metadata_stops_with_one_line(store: Path, name: str) -> None:
+    garbage(store / name / "zarr.json")
+    config = RunConfig.model_validate(open_results(store).attrs["config"])
+    with pytest.raises(StoreError, match=f"{name}/zarr.json is damaged") as stopped:
+        run(config.model_copy(update={"out": str(store)}), Listener(), resume=True)
+    assert "\n" not in str(stopped.value)
 
 
 @pytest.mark.parametrize("name", ["prompts/000000", PROMPT])
@@ -239,6 +248,57 @@ def test_run_that_has_not_ended_is_right_but_not_complete(store: Path) -> None:
     (store / PROMPT / "U/c.0.0.0").unlink()
     found = verify(store)
     assert found.faults == () and not found.complete and found.pending > 0
+
+
+def test_prompts_of_an_interrupted_run_are_there_in_any_order(store: Path) -> None:
+    shutil.copytree(store / PROMPT, store / "prompts/99999999999")
+    faults = read(store).faults  # in a moment, and without a list of all that is not there
+    assert [f.group for f in faults] == ["prompts/000002"]
+    assert faults[0].reason == "is missing, like all up to 99999999998"
+    shutil.rmtree(store / "prompts/99999999999")
+    shutil.rmtree(store / "prompts/000000")
+    assert [str(f) for f in read(store).faults] == ["prompts/000000: is missing"]
+    shutil.rmtree(store / "summary")
+    found = verify(store, sample=1)
+    assert found.faults == () and not found.complete and found.recomputed > 0
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_rows_given_up_with_nan_are_no_fault(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, some: bool
+) -> None:
+    def give_up(group: PromptGroup, owner: int, rows: dict[str, np.ndarray]) -> None:
+        place = slice(None, None, 2 if some else 1)
+        for name in ("U", "S", "V", "residual", "error_bound"):
+            rows[name][place] = np.nan
+        rows["status"][place] = Status.NOT_CONVERGED
+        write(group, owner, rows)
+
+    write = PromptGroup.write_rows
+    monkeypatch.setattr(PromptGroup, "write_rows", give_up)
+    path = tmp_path / "run.zarr"
+    run(options(model_folder, path, text="peace and freedom", k=2), Listener())
+    found = verify(path)
+    assert found.faults == () and found.complete and found.not_converged > 0
+    assert (found.recomputed > 0) == some
+    group = zarr.open_group(path, path="prompts/000000", mode="r+")
+    group.update_attributes({"certificate": {**group.attrs["certificate"], "failures": []}})
+    assert any("verdict" in fault.reason for fault in verify(path, load=None).faults)
+
+
+@pytest.mark.parametrize("positions", ["0,2", "first:1"])
+def test_prompts_whose_end_was_not_asked_for_are_compared_too(
+    model_folder: Path, tmp_path: Path, positions: str
+) -> None:
+    path = tmp_path / "run.zarr"
+    given = {"text": "the Soviet Union and the", "positions": positions, "k": 1}
+    run(options(model_folder, path, **given), Listener())
+    (result,) = open_results(path)
+    assert result.prompt == given["text"] != result.text
+    assert verify(path).faults == ()
+    group = zarr.open_group(path, path=result.name, mode="r+")
+    group.update_attributes({"prompt": "the Soviet Union and its"})
+    assert ["fingerprint: prompts" in f.reason for f in verify(path).faults] == [True]
 
 
 def test_rows_that_another_computation_gave_do_not_fit_the_model(store: Path) -> None:

@@ -85,7 +85,7 @@ def writing(path: Path) -> Iterator[None]:
 class RunLock:
     """The exclusive right to run on a store, held through a lock on the sibling file `PATH.lock`.
 
-    A run's further processes each hold `PATH.1.lock`, `PATH.2.lock`, …: a new run has to wait for
+    A run's further processes each hold `PATH.lock.1`, `PATH.lock.2`, …: a new run has to wait for
     them too. The kernel drops a lock with the process, however it ends. The files lie outside the
     store because whatever lies inside is taken for a node of the Zarr hierarchy.
 
@@ -99,16 +99,19 @@ class RunLock:
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         folder = path.resolve()  # a store reached through a link has the same lock
-        name = f"{folder.name}.{rank}.lock" if rank else f"{folder.name}.lock"
-        self._lock = filelock.FileLock(folder.with_name(name), timeout=0)
+        main = folder.with_name(f"{folder.name}.lock")
+        file = main.with_name(f"{main.name}.{rank}") if rank else main
+        self._lock = filelock.FileLock(file, timeout=0)
         with writing(path):
             make_folder(folder.parent)
             try:
                 self._lock.acquire()
                 if rank == 0:
-                    for file in folder.parent.glob(f"{glob.escape(folder.name)}.[0-9]*.lock"):
-                        with filelock.FileLock(file, timeout=0):
-                            file.unlink()
+                    for other in folder.parent.glob(f"{glob.escape(main.name)}.*"):
+                        number = other.name.removeprefix(f"{main.name}.")
+                        if number.isdecimal() and other.is_file():
+                            with filelock.FileLock(other, timeout=0):
+                                other.unlink()
             except filelock.Timeout:
                 self.release()
                 raise StoreError(

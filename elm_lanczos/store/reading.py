@@ -77,10 +77,11 @@ def prompt_names(path: Path) -> list[str]:
         path: The folder of the store.
 
     Returns:
-        The names of the groups below `prompts` whose creation was completed.
+        The names of the groups below `prompts` whose creation was completed; a group whose metadata
+        are damaged is among them, so that whoever reads it meets the damage.
 
     Raises:
-        StoreError: The folder, or the metadata of its last group, cannot be read.
+        StoreError: The folder cannot be read.
     """
     folder = path / "prompts"
     if not folder.is_dir():
@@ -89,7 +90,7 @@ def prompt_names(path: Path) -> list[str]:
         entries = [entry.name for entry in folder.iterdir() if entry.name.isdecimal()]
     except OSError as error:
         raise StoreError(f"cannot read {folder}: {error.strerror or error}") from error
-    return [name for name in sorted(entries, key=int) if read_attributes(folder / name)]
+    return [name for name in sorted(entries, key=int) if _is_created(folder / name)]
 
 
 def position_names(path: Path) -> list[str]:
@@ -99,14 +100,22 @@ def position_names(path: Path) -> list[str]:
         path: The folder of the prompt's group.
 
     Returns:
-        The names of the groups whose creation was completed.
+        The names of the groups whose creation was completed, damaged ones among them.
     """
     names = (
         entry.name
         for entry in path.glob("position_*")
-        if entry.name.removeprefix("position_").isdecimal() and read_attributes(entry)
+        if entry.name.removeprefix("position_").isdecimal() and _is_created(entry)
     )
     return sorted(names, key=lambda name: int(name.removeprefix("position_")))
+
+
+def _is_created(group: Path) -> bool:
+    """Tell whether a group's attributes were written, readable or not."""
+    try:
+        return bool(read_attributes(group))
+    except StoreError:
+        return True
 
 
 def read_array(store: LocalStore, name: str, tokens: slice | None = None) -> Array:

@@ -146,8 +146,13 @@ class PromptResult:
 
     @property
     def text(self) -> str:
-        """The prompt."""
+        """The tokens up to the output position as text: the prompt, or a part of it, or more."""
         return self._attribute("text", str)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt, which is longer than `text` where no prediction at its end was asked for."""
+        return self._attribute("prompt", str) if "prompt" in self.attrs else self.text
 
     @property
     def position(self) -> int:
