@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from json import dumps
 from pathlib import Path
 from types import FrameType
@@ -558,6 +559,7 @@ def main() -> None:
     except ElmLanczosError as error:
         code = _fail(str(error), EXIT_ERROR)
     except _Signalled as error:
+        warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that nobody awaits any more
         word, code = _SIGNALS[error.args[0]]
         line = f"{word}; finished rows are kept: go on with --resume --out STORE"
         _fail(line, code, quiet=not _is_first())
@@ -591,8 +593,7 @@ _CommandLineError: Any = next(
 def _is_first() -> bool:
     """Whether this is the only process of a run, or the one that speaks for all of them."""
     count, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
-    several = count.isdecimal() and int(count) > 1
-    return not (several and rank.isdecimal() and int(rank) > 0)
+    return not (count.isdecimal() and rank.isdecimal() and 0 < int(rank) < int(count))
 
 
 def _processes() -> int:
