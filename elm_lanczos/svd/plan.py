@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -141,120 +142,26 @@ def make_plan(
     Raises:
         UsageError: Where k, method, tol, seed, memory, scratch or dtype cannot be used.
     """
-    if dtype not in DEFAULT_TOL:
-        raise UsageError(f"singular triplets are computed in float32 or float64, not {dtype}")
-    small = min(m, d)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= small:
-        raise UsageError(f"k must be a whole number from 1 to {small}, not {k!r}")
-    if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}{hint}")
+    memory = _memory(memory)
     if tol is None:
-        tol = TF32_TOL if precision == "tf32" else DEFAULT_TOL[dtype]
-    if not 0 <= tol < 1:
-        raise UsageError(f"tol must be at least 0 and below 1, not {tol!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UsageError(f"seed must be a whole number from 0, not {seed!r}")
-    if memory is None:
-        memory = 2 ** (ceiling(torch.device("cpu")).bit_length() - 1)
-    if memory <= 0:
-        raise UsageError(f"memory must be a positive number of bytes, not {memory!r}")
-    if scratch is not None and method != "dense":
-        raise UsageError("a scratch file keeps the rows of method 'dense'")
-    if scratch is not None and not os.path.isdir(scratch):
-        raise UsageError(f"scratch must be a folder, and {scratch} is none")
-
-    item = dtype.itemsize
-    width = min(small, max(2 * k + 32, small // 32))
-    steps = lanczos_steps(k, small, tol)
-    lanczos_basis = min(small, 3 * k + 24)
-
-    # Bytes an operator's state takes: bases and the vectors that are being made. Lanczos keeps the
-    # products too, and both twice while operators that have finished are taken out.
-    vectors_made = (lanczos_basis + BLOCK) * (m + d) * item
-    lanczos_state = {
-        "Krylov bases": vectors_made,
-        "products kept": vectors_made,
-        "copies as operators leave": 2 * vectors_made,
-        "triplets and new vectors": (8 * k + 8) * (m + d) * item,
-    }
-    lanczos_bytes, dense_bytes = sum(lanczos_state.values()), m * d * item
+        tol = TF32_TOL if precision == "tf32" else DEFAULT_TOL.get(dtype, 0.0)
+    _refuse_unusable(m, d, dtype, k, method, tol, seed, scratch)
+    small, item = min(m, d), dtype.itemsize
     cotangents = _cotangent_block(vectors, m, memory // (8 * n * d * item))
-    rows_bytes = 2 * cotangents * n * d * item
-    together = max(1, min(GROUP, _SOLVED_ELEMENTS // (m * d), memory // (8 * dense_bytes)))
-    solved_bytes = 4 * min(n, together) * dense_bytes
-    room = max(1, memory - rows_bytes)
-
-    def panel(state: int) -> int:
-        return max(1, min(n, room // state))
-
-    in_memory = scratch is None
-    # Where all operators do not fit at once, narrower blocks may: more streams, but fewer panels.
-    options = []
-    for w in (width, *range(width - 8, k + _NARROWEST, -8)):
-        state = _stream_state(w, k, m, d, tol, item)
-        at_once = panel(sum(state.values()))
-        needed = math.ceil(n / at_once) * _stream_passes(at_once, m, d, w, k, tol)
-        options.append((needed, w, at_once, state))
-        if at_once == n:
-            break
-    stream_passes, stream_width, stream_panel, stream_state = min(options, key=lambda o: o[0])
-    panels = {
-        "lanczos": panel(lanczos_bytes),
-        "stream": stream_panel,
-        "dense": max(1, min(n, (room - solved_bytes) // dense_bytes)) if in_memory else n,
-    }
-    lockstep, several, stored = min(GROUP, panels["lanczos"]), panels["stream"], panels["dense"]
-    passes = {
-        "lanczos": n * 2 * steps + PROBES * math.ceil(n / lockstep),
-        "stream": stream_passes,
-        "dense": math.ceil(n / stored) * m,
-    }
-    arrays = {
-        "lanczos": {
-            **{name: lockstep * one for name, one in lanczos_state.items()},
-            "rows of a block": rows_bytes,
-        },
-        "stream": {
-            **{name: several * one for name, one in stream_state.items()},
-            "rows flowing by": rows_bytes,
-        },
-        "dense": {
-            "Jacobians": stored * dense_bytes * in_memory,
-            "matrices being solved": solved_bytes,
-            "rows flowing by": rows_bytes,
-        },
-    }
+    work = _Work(n, m, d, k, tol, item, memory, rows=2 * cotangents * n * d * item)
+    ways = {"lanczos": _lanczos(work), "stream": _stream(work), "dense": _dense(work, scratch)}
     if method == "auto":
-        # Where each operator has vectors of its own, few operators leave the blocks almost empty.
-        at_a_time = min(n, GROUP, vectors)
-        slower = 1 + vectors / (16 * at_a_time)
-        chosen = "lanczos" if passes["lanczos"] * slower <= passes["stream"] else "stream"
-        other = "stream" if chosen == "lanczos" else "lanczos"
-        fits = {name: sum(arrays[name].values()) <= memory for name in (chosen, other)}
-        crowded_out = fits[other] and not fits[chosen]
-        if crowded_out:
-            chosen, other = other, chosen
-        reason = (
-            f"{chosen}: about {passes[chosen]} passes for {n} operators of {m}×{d}, "
-            f"against {passes[other]} by {other}"
-        )
-        if crowded_out:
-            reason += ", which needs more than the memory"
-        elif passes[other] < passes[chosen]:
-            reason += f", which makes only {at_a_time} at a time"
+        chosen, reason = _chosen(work, ways, vectors)
     else:
         chosen, reason = method, f"{method}: asked for"
-    if chosen == "stream":
-        width = stream_width
+    width = ways[chosen].width
     return Plan(
         method=chosen,
         k=k,
         tol=float(tol),
         seed=seed,
         dtype=str(dtype).removeprefix("torch."),
-        basis=lanczos_basis if chosen == "lanczos" else _stream_basis(width, k, d, tol),
+        basis=ways[chosen].basis,
         block=BLOCK,
         max_restarts=100,
         check_every=4,
@@ -263,15 +170,182 @@ def make_plan(
         width=width,
         max_streams=24,
         cotangent_block=cotangents,
-        panel=panels[chosen],
+        panel=ways[chosen].panel,
         solver="krylov" if _KRYLOV_WIDTHS * width <= small else "svd",
-        together=together,
+        together=_together(work),
         scratch=scratch,
-        memory=int(memory),
-        passes=passes,
-        arrays=arrays,
+        memory=memory,
+        passes={name: way.passes for name, way in ways.items()},
+        arrays={name: way.arrays for name, way in ways.items()},
         reason=reason,
     )
+
+
+def _memory(memory: int | None) -> int:
+    """The bytes to work within."""
+    if memory is None:
+        return int(2 ** (ceiling(torch.device("cpu")).bit_length() - 1))
+    if memory <= 0:
+        raise UsageError(f"memory must be a positive number of bytes, not {memory!r}")
+    return int(memory)
+
+
+def _refuse_unusable(
+    m: int,
+    d: int,
+    dtype: torch.dtype,
+    k: int,
+    method: str,
+    tol: float,
+    seed: int,
+    scratch: str | None,
+) -> None:
+    if dtype not in DEFAULT_TOL:
+        raise UsageError(f"singular triplets are computed in float32 or float64, not {dtype}")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(m, d):
+        raise UsageError(f"k must be a whole number from 1 to {min(m, d)}, not {k!r}")
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}{hint}")
+    if not 0 <= tol < 1:
+        raise UsageError(f"tol must be at least 0 and below 1, not {tol!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed must be a whole number from 0, not {seed!r}")
+    if scratch is not None and method != "dense":
+        raise UsageError("a scratch file keeps the rows of method 'dense'")
+    if scratch is not None and not os.path.isdir(scratch):
+        raise UsageError(f"scratch must be a folder, and {scratch} is none")
+
+
+# ------------------------------------------------------------------- what each method would take
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done.
+
+    Attributes:
+        n: Operators.
+        m: Rows.
+        d: Columns.
+        k: Triplets for each.
+        tol: Largest residual relative to σ₁.
+        item: Bytes of a number.
+        memory: Bytes to work within.
+        rows: Bytes of the rows that flow by at a time.
+    """
+
+    n: int
+    m: int
+    d: int
+    k: int
+    tol: float
+    item: int
+    memory: int
+    rows: int
+
+    @property
+    def small(self) -> int:
+        """The shorter side of an operator."""
+        return min(self.m, self.d)
+
+    @property
+    def width(self) -> int:
+        """Vectors in a block of Krylov iteration, where memory is no question."""
+        return min(self.small, max(2 * self.k + 32, self.small // 32))
+
+    def panel(self, state: int, shared: int = 0) -> int:
+        """How many operators fit, of which each takes some bytes beside some shared ones."""
+        return max(1, min(self.n, (max(1, self.memory - self.rows) - shared) // state))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What one method would take; the attributes are those of `Plan`."""
+
+    passes: int
+    panel: int
+    arrays: dict[str, int]
+    width: int
+    basis: int
+
+
+def _lanczos(work: _Work) -> _Way:
+    n, k, steps = work.n, work.k, lanczos_steps(work.k, work.small, work.tol)
+    basis = min(work.small, 3 * k + 24)
+    # Bases and the vectors that are being made; the products are kept too, and both twice while
+    # operators that have finished are taken out.
+    vectors = (basis + BLOCK) * (work.m + work.d) * work.item
+    state = {
+        "Krylov bases": vectors,
+        "products kept": vectors,
+        "copies as operators leave": 2 * vectors,
+        "triplets and new vectors": (8 * k + 8) * (work.m + work.d) * work.item,
+    }
+    panel = work.panel(sum(state.values()))
+    lockstep = min(GROUP, panel)
+    arrays = {name: lockstep * one for name, one in state.items()}
+    passes = n * 2 * steps + PROBES * math.ceil(n / lockstep)
+    return _Way(passes, panel, arrays | {"rows of a block": work.rows}, work.width, basis)
+
+
+def _stream(work: _Work) -> _Way:
+    """Where all operators do not fit at once, narrower blocks may: more streams, fewer panels."""
+    n, m, d, k, tol = work.n, work.m, work.d, work.k, work.tol
+    options = []
+    for width in (work.width, *range(work.width - 8, k + _NARROWEST, -8)):
+        state = _stream_state(width, k, m, d, tol, work.item)
+        panel = work.panel(sum(state.values()))
+        passes = math.ceil(n / panel) * _stream_passes(panel, m, d, width, k, tol)
+        arrays = {name: panel * one for name, one in state.items()}
+        arrays["rows flowing by"] = work.rows
+        options.append(_Way(passes, panel, arrays, width, _stream_basis(width, k, d, tol)))
+        if panel == n:
+            break
+    return min(options, key=lambda way: way.passes)
+
+
+def _dense(work: _Work, scratch: str | None) -> _Way:
+    one = work.m * work.d * work.item
+    solved = 4 * min(work.n, _together(work)) * one
+    panel = work.n if scratch is not None else work.panel(one, solved)
+    arrays = {
+        "Jacobians": 0 if scratch is not None else panel * one,
+        "matrices being solved": solved,
+        "rows flowing by": work.rows,
+    }
+    basis = _stream_basis(work.width, work.k, work.d, work.tol)
+    return _Way(math.ceil(work.n / panel) * work.m, panel, arrays, work.width, basis)
+
+
+def _together(work: _Work) -> int:
+    """Matrices that `dense` solves at a time."""
+    entries = work.m * work.d
+    return max(1, min(GROUP, _SOLVED_ELEMENTS // entries, work.memory // (8 * entries * work.item)))
+
+
+def _chosen(work: _Work, ways: Mapping[str, _Way], vectors: int) -> tuple[str, str]:
+    """The better of the matrix-free methods, and why."""
+    passes = {name: way.passes for name, way in ways.items()}
+    # Where each operator has vectors of its own, few operators leave the blocks almost empty.
+    at_a_time = min(work.n, GROUP, vectors)
+    slower = 1 + vectors / (16 * at_a_time)
+    chosen = "lanczos" if passes["lanczos"] * slower <= passes["stream"] else "stream"
+    other = "stream" if chosen == "lanczos" else "lanczos"
+    fits = {name: sum(ways[name].arrays.values()) <= work.memory for name in (chosen, other)}
+    crowded_out = fits[other] and not fits[chosen]
+    if crowded_out:
+        chosen, other = other, chosen
+    reason = (
+        f"{chosen}: about {passes[chosen]} passes for {work.n} operators of {work.m}×{work.d}, "
+        f"against {passes[other]} by {other}"
+    )
+    if crowded_out:
+        reason += ", which needs more than the memory"
+    elif passes[other] < passes[chosen]:
+        reason += f", which makes only {at_a_time} at a time"
+    return chosen, reason
 
 
 # Fitted to transformer Jacobians (d = 256).
