@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from elm_lanczos.operators import StackedOperators, TokenOperators
 from elm_lanczos.status import Status
+from elm_lanczos.svd import svd
 from elm_lanczos.svd.plan import make_plan
 from tests.spectra import DTYPES, ExplicitChain, check_triplets, powers, solve_with, with_spectrum
 
@@ -23,15 +26,24 @@ def test_cost_does_not_depend_on_the_number_of_tokens() -> None:
     assert vectors[0] <= vectors[1] <= vectors[0] + 48
 
 
+def test_scarce_memory_gives_narrower_blocks_and_the_same_triplets() -> None:
+    shape, k = (24, 200, 200), 4
+    J = torch.stack([with_spectrum(powers(-1, 200), *shape[1:], seed=seed) for seed in range(24)])
+    batch = StackedOperators(J)
+    ample = make_plan(*shape, J.dtype, k, "stream", memory=2**30)
+    memory = ample.bytes["stream"] * 2 // 3
+    result = svd(batch, k, method="stream", memory=memory)
+    assert result.plan.width < ample.width
+    assert result.plan.panel == 24 and result.plan.bytes["stream"] <= memory
+    assert result.converged.all()
+    check_triplets(result, J)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_full_basis_restarts_thickly(dtype: torch.dtype) -> None:
     matrix = with_spectrum(powers(-0.5, 150), 160, 150, dtype)
     batch = StackedOperators(matrix[None])
     plan = make_plan(*batch.shape, dtype, 6, "stream")
-    from dataclasses import replace
-
-    from elm_lanczos.svd import svd
-
     result = svd(batch, 6, plan=replace(plan, width=12, basis=30))
     assert result.n_restarts.item() > 0
     assert result.converged.all()
