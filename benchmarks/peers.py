@@ -81,6 +81,7 @@ LOCKSTEP = 64  # tokens at a time, in `paper` and `lowrank`
 ROWS = 64  # of the Jacobian in one call, in `jacobian-blocks`
 SYNTHETIC = ("synthetic-stream", "synthetic-jacobian")
 WIDE, WIDE_TOKENS, WIDE_SVDS = 2048, 256, 2  # of the synthetic system; tokens whose SVD is taken
+WIDE_MEMORY = 3 * 2**29  # bytes that `stream` is told to work within there
 GROUPED_FROM = 129  # tokens of a prompt of which `paper` runs one group
 # Measured passes for each of k triplets, to predict the time.
 SVDS_PASSES = {"arpack": 10, "propack": 8, "lobpcg": 25}
@@ -451,8 +452,9 @@ def synthetic(job: Job) -> dict[str, Any]:
     system.rows(torch.ones(1, WIDE))
     baseline, begun = peak_mib(), time.perf_counter()
     if job.task == "synthetic-stream":
-        found = svd(system, job.k, method="stream")
-        note, tokens = f"{int(found.n_iter.max())} streams", job.length
+        found = svd(system, job.k, method="stream", memory=WIDE_MEMORY)
+        ceiling = f"told to work within {WIDE_MEMORY / 2**30:g} GiB"
+        note, tokens = f"{int(found.n_iter.max())} streams, {ceiling}", job.length
         U, S, V = (x[:WIDE_SVDS] for x in (found.U, found.S, found.V))
     else:
         z = torch.zeros(job.length, WIDE)
