@@ -15,7 +15,7 @@ would make it for each vector. Milakov & Gimelshein, "Online normalizer calculat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,28 +125,38 @@ def blockwise_attention(
         return result
     q, k = q.detach(), k.detach()
     largest, total = _normalisers(q, k, scores, None if sinks is None else sinks.detach())
-    out: Tensor = _Product.apply(q, k, largest, total.reciprocal(), v, scores)
+    out: Tensor = _Linear.apply(q, k, largest, total.reciprocal(), v, scores, False)
     return out
+
+
+def _grid(q: Tensor, k: Tensor, scores: Scores) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+    """The pieces that are not hidden, row by row.
+
+    Yields:
+        The queries of a row, and for each of its pieces the keys and whether all are seen.
+    """
+    size = piece_size(q)
+    for row, first in zip(scores.grid(q, k), range(0, q.shape[-2], size), strict=True):
+        columns = zip(row, range(0, k.shape[-2], size), strict=True)
+        pieces = [(slice(key, key + size), seen == ALL) for seen, key in columns if seen != NONE]
+        yield slice(first, first + size), pieces
 
 
 def _normalisers(
     q: Tensor, k: Tensor, scores: Scores, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The largest score of every query, and the sum of exp(score − largest): (..., T, 1) both."""
-    size, grid = piece_size(q), scores.grid(q, k)
     found = []
-    for row, first in enumerate(range(0, q.shape[-2], size)):
-        part = q[..., first : first + size, :]
+    for queries, pieces in _grid(q, k, scores):
+        part = q[..., queries, :]
         largest = torch.full_like(part[..., :1], torch.finfo(q.dtype).min)
         total = torch.zeros_like(largest)
         if sinks is not None:
-            largest = some(sinks, -1, first, part.shape[-2])[..., None].expand_as(largest)
+            sink = some(sinks, -1, queries.start, part.shape[-2])
+            largest = sink[..., None].expand_as(largest)
             total = torch.ones_like(largest)
-        for column, key in enumerate(range(0, k.shape[-2], size)):
-            if grid[row][column] == NONE:
-                continue
-            whole = grid[row][column] == ALL
-            s = scores.of(part, k[..., key : key + size, :], first, key, whole=whole)
+        for keys, whole in pieces:
+            s = scores.of(part, k[..., keys, :], queries.start, keys.start, whole=whole)
             before, largest = largest, torch.maximum(largest, s.amax(-1, keepdim=True))
             here = _exponential(s.sub_(largest)).sum(-1, keepdim=True)
             total = total * (before - largest).exp() + here
@@ -168,124 +178,96 @@ def _exponential(x: Tensor) -> Tensor:
     return nn.functional.threshold(x.mul_(_LOG2E).exp2_(), smallest, 0.0, inplace=True)
 
 
-def _pieces(
-    q: Tensor, k: Tensor, largest: Tensor, scores: Scores
-) -> Iterator[tuple[slice, list[tuple[slice, Callable[[], Tensor]]]]]:
-    """The rows of pieces, and what makes the pieces of each.
+@dataclass(frozen=True)
+class _Weights:
+    """exp(score − largest) by pieces: P but for the sum of each query, whose reciprocals are kept.
 
-    Yields:
-        The queries of a row, and for each of its pieces the keys and what makes exp(score −
-        largest), (batch · kv_heads, groups · queries, keys): P but for the sum of each query.
+    Attributes:
+        q: (batch, kv_heads, groups, T, head_dim).
+        k: (batch, kv_heads, S, head_dim).
+        largest: (batch, kv_heads, groups, T, 1).
+        inverse: the same shape.
+        scores: how scores are made.
     """
-    size, grid = piece_size(q), scores.grid(q, k)
-    for row, first in enumerate(range(0, q.shape[-2], size)):
-        queries = slice(first, min(first + size, q.shape[-2]))
-        made: list[tuple[slice, Callable[[], Tensor]]] = []
-        for column, key in enumerate(range(0, k.shape[-2], size)):
-            if grid[row][column] == NONE:
-                continue
-            keys = slice(key, min(key + size, k.shape[-2]))
 
-            def weights(
-                keys: slice = keys,
-                queries: slice = queries,
-                whole: bool = grid[row][column] == ALL,
-            ) -> Tensor:
-                s = scores.of(
-                    q[..., queries, :], k[..., keys, :], queries.start, keys.start, whole=whole
-                )
-                return _exponential(s.sub_(largest[..., queries, :])).flatten(2, 3).flatten(0, 1)
+    q: Tensor
+    k: Tensor
+    largest: Tensor
+    inverse: Tensor
+    scores: Scores
 
-            made.append((keys, weights))
-        yield queries, made
+    def piece(self, queries: slice, keys: slice, *, whole: bool) -> Tensor:
+        """One piece, (batch · kv_heads, groups · queries, keys)."""
+        q, k = self.q[..., queries, :], self.k[..., keys, :]
+        s = self.scores.of(q, k, queries.start, keys.start, whole=whole)
+        return _exponential(s.sub_(self.largest[..., queries, :])).flatten(2, 3).flatten(0, 1)
 
-
-class _Product(torch.autograd.Function):
-    """`P V`, linear in V; its derivative is `_Transposed`, whose derivative is this again."""
-
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, largest: Tensor, inverse: Tensor, V: Tensor, scores: Scores
-    ) -> Tensor:
-        out = V.new_empty(*q.shape[:-1], V.shape[-1])
+    def product(self, V: Tensor) -> Tensor:
+        """`P V`: (batch, kv_heads, S, columns) -> (batch, kv_heads, groups, T, columns)."""
+        out = V.new_empty(*self.q.shape[:-1], V.shape[-1])
         V = V.flatten(0, 1)
-        for queries, pieces in _pieces(q, k, largest, scores):
+        for queries, pieces in _grid(self.q, self.k, self.scores):
             part = out[..., queries, :]
             sums = torch.zeros_like(part).flatten(2, 3).flatten(0, 1)
-            for keys, weights in pieces:
-                torch.baddbmm(sums, weights(), V[:, keys], out=sums)
-            torch.mul(sums.view(part.shape), inverse[..., queries, :], out=part)
+            for keys, whole in pieces:
+                torch.baddbmm(sums, self.piece(queries, keys, whole=whole), V[:, keys], out=sums)
+            torch.mul(sums.view(part.shape), self.inverse[..., queries, :], out=part)
         return out
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.scores = inputs[5]
+    def transposed_product(self, G: Tensor) -> Tensor:
+        """`Pᵀ G`, summed over the groups of queries that share keys: `product` transposed."""
+        out = G.new_zeros(*self.k.shape[:-1], G.shape[-1])
+        sums = out.flatten(0, 1)
+        for queries, pieces in _grid(self.q, self.k, self.scores):
+            scaled = G[..., queries, :] * self.inverse[..., queries, :]
+            scaled = scaled.flatten(2, 3).flatten(0, 1)
+            for keys, whole in pieces:
+                part, weights = sums[:, keys], self.piece(queries, keys, whole=whole)
+                torch.baddbmm(part, weights.mT, scaled, out=part)
+        return out
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None, Tensor, None]:
-        return (*_NOTHING, _Transposed.apply(*ctx.saved_tensors, grad, ctx.scores), None)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
-        return _folded(_Product, info, in_dims, *given)
-
-
-class _Transposed(torch.autograd.Function):
-    """`Pᵀ G`, summed over the groups of queries that share keys: linear in G."""
+class _Linear(torch.autograd.Function):
+    """`P X`, or `Pᵀ X` if `transposed`: linear in X; the derivative of each is the other."""
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, largest: Tensor, inverse: Tensor, G: Tensor, scores: Scores
+        q: Tensor,
+        k: Tensor,
+        largest: Tensor,
+        inverse: Tensor,
+        X: Tensor,
+        scores: Scores,
+        transposed: bool,
     ) -> Tensor:
-        out = G.new_zeros(*k.shape[:-1], G.shape[-1])
-        sums = out.flatten(0, 1)
-        for queries, pieces in _pieces(q, k, largest, scores):
-            scaled = (G[..., queries, :] * inverse[..., queries, :]).flatten(2, 3).flatten(0, 1)
-            for keys, weights in pieces:
-                part = sums[:, keys]
-                torch.baddbmm(part, weights().mT, scaled, out=part)
-        return out
+        weights = _Weights(q, k, largest, inverse, scores)
+        return weights.transposed_product(X) if transposed else weights.product(X)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.scores = inputs[5]
+        ctx.scores, ctx.transposed = inputs[5:]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None, Tensor, None]:
-        return (*_NOTHING, _Product.apply(*ctx.saved_tensors, grad, ctx.scores), None)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = _Linear.apply(*ctx.saved_tensors, grad, ctx.scores, not ctx.transposed)
+        return None, None, None, None, back, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
-        return _folded(_Transposed, info, in_dims, *given)
-
-
-_NOTHING = (None, None, None, None)
-
-
-def _folded(
-    product: type[torch.autograd.Function],
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    *given: Any,
-) -> tuple[Tensor, int]:
-    """A product with a block of X, the block folded into the columns of one X."""
-    block: int = info.batch_size
-    *fixed, X, scores = given
-    X = X.expand(block, *X.shape) if in_dims[4] is None else X.movedim(in_dims[4], 0)
-    if any(dim is not None for dim in in_dims[:4]):  # a P for every member of the block
-        parts = [
-            product.apply(
-                *(
+        """The block is folded into the columns of one X."""
+        block: int = info.batch_size
+        fixed, X, options = given[:4], given[4], given[5:]
+        X = X.expand(block, *X.shape) if in_dims[4] is None else X.movedim(in_dims[4], 0)
+        if any(dim is not None for dim in in_dims[:4]):  # a P for every member of the block
+            each = [
+                [
                     x if dim is None else x.select(dim, i)
                     for x, dim in zip(fixed, in_dims[:4], strict=True)
-                ),
-                X[i],
-                scores,
-            )
-            for i in range(block)
-        ]
-        return torch.stack(parts), 0
-    folded: Tensor = product.apply(*fixed, X.movedim(0, -2).flatten(-2), scores)
-    return folded.unflatten(-1, (block, -1)).movedim(-2, 0), 0
+                ]
+                for i in range(block)
+            ]
+            parts = [_Linear.apply(*of, x, *options) for of, x in zip(each, X, strict=True)]
+            return torch.stack(parts), 0
+        folded: Tensor = _Linear.apply(*fixed, X.movedim(0, -2).flatten(-2), *options)
+        return folded.unflatten(-1, (block, -1)).movedim(-2, 0), 0
