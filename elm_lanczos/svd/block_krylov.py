@@ -126,10 +126,25 @@ class BlockKrylov:
         self._patience = torch.full((g,), _PATIENCE, device=device)
         self._best: Triplets | None = None
         self._ritz: Triplets | None = None
-        self._V, self._W = sample.new_zeros(2, g, 0, d)
-        self._Y = self._left = sample.new_zeros(g, 0, m)
+        # Room for V, JV and JᵀJV, of which the first `_size` vectors are there.
+        room = min(d, max(plan.basis, plan.k + plan.width))
+        self._bases = tuple(sample.new_empty(g, room, length) for length in (d, m, d))
+        self._size = 0
+        self._left = sample.new_zeros(g, 0, m)
         self._draws = 0
         self._put_block(sample, sample.norm(dim=2).amax(1), min(plan.width, d))
+
+    @property
+    def _V(self) -> Tensor:
+        return self._bases[0][:, : self._size]
+
+    @property
+    def _Y(self) -> Tensor:
+        return self._bases[1][:, : self._size]
+
+    @property
+    def _W(self) -> Tensor:
+        return self._bases[2][:, : self._size]
 
     # ---------------------------------------------------------------- products with the block
 
@@ -195,9 +210,9 @@ class BlockKrylov:
             error = direct - self._ritz.S[..., None].to(direct) * self._ritz.V
             error = error.double().norm(dim=2)
             self._consider(replace(self._ritz, left_residual=error))
-        self._V = torch.cat([self._V, self._block], 1)
-        self._Y = torch.cat([self._Y, self._image], 1)
-        self._W = torch.cat([self._W, self._block_W], 1)
+        start, self._size = self._size, self._size + width
+        for basis, new in zip(self._bases, (self._block, self._image, self._block_W), strict=True):
+            basis[:, start : self._size] = new
         self._rayleigh_ritz()
         assert self._ritz is not None
         self._judge(self._consider(self._ritz))
@@ -275,7 +290,9 @@ class BlockKrylov:
             return
         kept = max(self.plan.k, min(basis // 2, basis - width))
         turn = self._rotation[:, :kept].to(self._V)
-        self._V, self._Y, self._W = turn @ self._V, turn @ self._Y, turn @ self._W
+        for held in self._bases:
+            held[:, :kept] = turn @ held[:, :L]
+        self._size = kept
         self.restarts += 1
 
     def _rayleigh_ritz(self) -> None:
@@ -359,7 +376,11 @@ class BlockKrylov:
             return
         stay = ~done
         self.active = self.active[stay]
-        for name in ("_V", "_Y", "_W", "_image", "_block_W", "_error", "_rotation"):
+        count = len(self.active)
+        for held in self._bases:
+            held[:count, : self._size] = held[stay, : self._size]
+        self._bases = tuple(held[:count] for held in self._bases)
+        for name in ("_image", "_block_W", "_error", "_rotation"):
             setattr(self, name, getattr(self, name)[stay])
         assert self._ritz is not None
         self._ritz = self._ritz.select(stay)

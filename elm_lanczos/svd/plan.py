@@ -300,10 +300,18 @@ def _stream(work: _Work) -> _Way:
         passes = math.ceil(n / panel) * _stream_passes(panel, m, d, width, k, tol)
         arrays = {name: panel * one for name, one in state.items()}
         arrays["rows flowing by"] = work.rows
-        options.append(_Way(passes, panel, arrays, width, _stream_basis(width, k, d, tol)))
+        options.append(_Way(passes, panel, arrays, width, _roomy_basis(work, panel, width, state)))
         if panel == n:
             break
     return min(options, key=lambda way: way.passes)
+
+
+def _roomy_basis(work: _Work, panel: int, width: int, state: Mapping[str, int]) -> int:
+    """The largest basis of a stream: room for two blocks more than expected, as memory allows."""
+    expected = _stream_basis(width, work.k, work.d, work.tol)
+    spare = (work.memory - work.rows) // panel - sum(state.values())
+    more = max(0, spare) // ((work.m + 2 * work.d) * work.item)
+    return min(work.d, expected + min(more, 2 * width))
 
 
 def _dense(work: _Work, scratch: str | None) -> _Way:
@@ -315,7 +323,7 @@ def _dense(work: _Work, scratch: str | None) -> _Way:
         "matrices being solved": solved,
         "rows flowing by": work.rows,
     }
-    basis = _stream_basis(work.width, work.k, work.d, work.tol)
+    basis = min(work.d, _stream_basis(work.width, work.k, work.d, work.tol) + 2 * work.width)
     return _Way(math.ceil(work.n / panel) * work.m, panel, arrays, work.width, basis)
 
 
@@ -391,18 +399,19 @@ def _streams_of_digit(width: int, k: int) -> float:
 
 
 def _stream_basis(width: int, k: int, d: int, tol: float) -> int:
-    """The largest basis of a stream, with room for two streams more than expected."""
-    return min(d, (stream_count(width, k, d, tol) + 2) * width)
+    """The basis after the expected streams."""
+    return min(d, stream_count(width, k, d, tol) * width)
 
 
 def _stream_state(width: int, k: int, m: int, d: int, tol: float, item: int) -> dict[str, int]:
     """Bytes of an operator's state by array, once the expected streams have flowed by."""
-    basis = min(d, stream_count(width, k, d, tol) * width)
+    basis = _stream_basis(width, k, d, tol)
     return {
         "Krylov basis V": basis * d * item,
         "J V": basis * m * item,
         "JᵀJ V": basis * d * item,
         "block and sums": (width * (m + 2 * d) + k * d) * item,
+        "triplets, now and best": k * (2 * m + 3 * d) * item,
     }
 
 

@@ -52,6 +52,19 @@ def test_narrow_blocks_keep_many_operators_in_one_panel() -> None:
     assert scarce.bytes["stream"] <= 3 * 2**30
 
 
+def test_a_basis_takes_what_memory_there_is_beyond_the_expected_streams() -> None:
+    n, m, d, k = given = (16, 300, 500, 8)
+    ample = make_plan(*given[:3], torch.float32, k, "stream", memory=2**30)
+    expected = stream_count(ample.width, k, d, 1e-5) * ample.width
+    assert ample.basis == min(d, expected + 2 * ample.width)
+    some = n * (ample.width + 5) * (m + 2 * d) * 4
+    less = make_plan(*given[:3], torch.float32, k, "stream", memory=ample.bytes["stream"] + some)
+    assert less.width == ample.width
+    assert less.basis == expected + ample.width + 5
+    none = make_plan(*given[:3], torch.float32, k, "stream", memory=ample.bytes["stream"])
+    assert none.basis == expected
+
+
 def test_round_trip_through_json() -> None:
     plan = make_plan(7, 64, 32, torch.float64, 4, seed=3)
     assert Plan(**json.loads(json.dumps(asdict(plan)))) == plan
@@ -70,6 +83,7 @@ def test_arrays_are_those_of_the_operators_held_at_a_time(tmp_path: Path) -> Non
         "J V": n * basis * m * 8,
         "JᵀJ V": n * basis * d * 8,
         "block and sums": n * (width * (m + 2 * d) + k * d) * 8,
+        "triplets, now and best": n * k * (2 * m + 3 * d) * 8,
         "rows flowing by": rows,
     }
     kept = n * (made["lanczos"].basis + 1) * (m + d) * 8  # a vector more than the basis
