@@ -27,8 +27,9 @@ Language Models" (TMLR 2025), which replaced modelling files; here a
 from __future__ import annotations
 
 import enum
+import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -123,16 +124,19 @@ def linear(x: Tensor) -> Tensor:
     return x
 
 
-def flatten(values: Any) -> Iterator[Any]:
-    """Yields the leaves of nested tuples, lists and dicts of arguments."""
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            yield from flatten(value)
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from flatten(value)
-    else:
-        yield values
+def flatten(values: Any) -> list[Any]:
+    """Returns the leaves of nested tuples, lists and dicts of arguments."""
+    leaves: list[Any] = []
+    _gather((values,), leaves)
+    return leaves
+
+
+def _gather(values: Iterable[Any], leaves: list[Any]) -> None:
+    for value in values:
+        if not isinstance(value, (tuple, list, dict)):
+            leaves.append(value)
+        else:
+            _gather(value.values() if isinstance(value, dict) else value, leaves)
 
 
 def rebuild(change: Callable[[Any], Any], values: Any) -> Any:
@@ -153,11 +157,22 @@ def precision(dtype: torch.dtype) -> int:
     return dtype.itemsize if dtype.is_floating_point else 0
 
 
+def is_lower(value: Any, floor: torch.dtype) -> bool:
+    """Whether a value is a floating tensor or dtype of a lower precision than another dtype."""
+    dtype = value.dtype if isinstance(value, Tensor) else value
+    return isinstance(dtype, torch.dtype) and 0 < precision(dtype) < precision(floor)
+
+
 def function_name(func: Callable[..., Any]) -> str:
     """Returns a torch function's plain name: `add` for `torch.add`, `Tensor.add_`, `__iadd__`."""
     name = getattr(func, "__name__", str(func))
     if name == "__get__":  # a property such as Tensor.shape or Tensor.mT
         return str(getattr(func, "__self__").__name__)  # noqa: B009 (absent from the stubs)
+    return _plain_name(name)
+
+
+@functools.cache
+def _plain_name(name: str) -> str:
     if name.startswith("__"):
         name = name.strip("_")
         return _OPERATORS.get(name, name)
@@ -360,24 +375,27 @@ class Freezing(TorchFunctionMode):
         def change(value: Any) -> Any:
             return self.raise_precision(value, floor)
 
+        def changed(values: Any) -> Any:
+            some = values and any(is_lower(value, floor) for value in flatten(values))
+            return rebuild(change, values) if some else values
+
         if function_name(func) == "embedding":  # raise the rows looked up, not the whole table
             return change(func(*args, **kwargs))
         if func.__name__ in _NAMED_CASTS:
             func, args = torch.Tensor.to, (args[0], _NAMED_CASTS[func.__name__])
         if is_in_place(func):
-            return func(args[0], *rebuild(change, args[1:]), **rebuild(change, kwargs))
-        return func(*rebuild(change, args), **rebuild(change, kwargs))
+            return func(args[0], *changed(args[1:]), **changed(kwargs))
+        return func(*changed(args), **changed(kwargs))
 
     def raise_precision(self, value: Any, floor: torch.dtype | None = None) -> Any:
         """Returns a floating tensor or dtype below `floor` raised, anything else unchanged."""
-        bytes_ = precision(floor or self.compute_dtype)
-        if isinstance(value, torch.dtype) and 0 < precision(value) < bytes_:
+        if not is_lower(value, floor or self.compute_dtype):
+            return value
+        if isinstance(value, torch.dtype):
             return self.compute_dtype
-        if isinstance(value, Tensor) and 0 < precision(value.dtype) < bytes_:
-            raised = value.to(self.compute_dtype)
-            set_mark(raised, mark_of(value))
-            return raised
-        return value
+        raised = value.to(self.compute_dtype)
+        set_mark(raised, mark_of(value))
+        return raised
 
     def nonlinear(self, func: Any, marks: list[Mark]) -> Mark:
         """Returns the mark of a nonlinear result, keeping the origin of an earlier one."""
@@ -391,7 +409,7 @@ Rule = Callable[[Freezing, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 def marks_of(*values: Any) -> list[Mark]:
     """Returns the marks of all tensors in nested arguments."""
-    return [m for leaf in flatten(values) if (m := mark_of(leaf)) is not None]
+    return [m for leaf in flatten(values) if (m := getattr(leaf, "_elm_mark", None)) is not None]
 
 
 def root_of(value: Any) -> Tensor | None:

@@ -262,7 +262,7 @@ class Linearization:
         u = u.to(self.output)[None, None, None]
         tolerance = 1e-2 if self.precision == "tf32" else 64 * torch.finfo(u.dtype).eps
         try:
-            with self.model.arithmetic():
+            with self.model.frozen():
                 ends = [self._end(segments, u) for segments in (some, others)]
         except Exception as error:  # a layer's code run in a way it was not written for
             if is_out_of_memory(error):
@@ -365,21 +365,25 @@ class Linearization:
         Raises:
             UnsupportedModelError: if the model takes another course for these embeddings.
         """
-        z = embeddings[None].to(self.inputs)
+        return self._replayed((embeddings, without_constants))[0]
+
+    def _replayed(self, *inputs: tuple[Tensor, bool]) -> list[Tensor]:
+        """`F(z)` (m,) for several embeddings, with or without constants: recorded only once."""
+        values = [z[None].to(self.inputs) for z, _ in inputs]
         with torch.no_grad(), self.model.frozen():
             for segment in self.segments:
                 tape = Tape()
                 with self._freezing(segment.name, record=tape):
                     segment.function(linear(segment.input))
-                options: dict[str, Any] = {"without_constants": without_constants}
-                with self._freezing(segment.name, replay=tape, **options):
-                    z = segment.function(linear(z))
-                if not tape.finished:
-                    raise UnsupportedModelError(
-                        f"{segment.name}: takes another course for another input, so it cannot be "
-                        "linearised exactly"
-                    )
-        return z[0, 0].detach().to(self.inputs.device)
+                for i, (_, without) in enumerate(inputs):
+                    with self._freezing(segment.name, replay=tape, without_constants=without):
+                        values[i] = segment.function(linear(values[i]))
+                    if not tape.finished:
+                        raise UnsupportedModelError(
+                            f"{segment.name}: takes another course for another input, so it cannot "
+                            "be linearised exactly"
+                        )
+        return [z[0, 0].detach().to(self.inputs.device) for z in values]
 
     @cached_property
     def constant(self) -> Tensor:
@@ -449,14 +453,16 @@ class Linearization:
         y = self.output.double()
         reference = self.prediction.hidden.double().to(y.device)
         raised = self._raised_output().double().to(y.device)
-        rebuilt = self.jvp(self.inputs).double() + self.constant.double()
-        leak = self(torch.zeros_like(self.inputs), without_constants=True)
         generator = torch.Generator().manual_seed(seed)
         u = torch.randn(self.output.shape, generator=generator, dtype=torch.float64).to(self.output)
         v = torch.randn(self.inputs.shape, generator=generator, dtype=torch.float64).to(self.inputs)
-        Jv, JTu = self.jvp(v).double(), self.vjp(u).double()
+        zero = torch.zeros_like(self.inputs)
+        with self.model.frozen():
+            self.constant, leak, Fv = self._replayed((zero, False), (zero, True), (v, False))
+            Jx, Jv = self.jvp(torch.stack([self.inputs, v])).double()
+            JTu, Fv = self.vjp(u).double(), Fv.double()
+        rebuilt = Jx + self.constant.double()
         forward, backward = u.double() @ Jv, (JTu * v.double()).sum()
-        Fv = self(v).double()
         return Certificate(
             fidelity=float((y - reference).norm() / reference.norm()),
             raised=float((y - raised).norm() / raised.norm()),

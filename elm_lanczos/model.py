@@ -103,6 +103,7 @@ class DetachedModel:
         self.compute_dtype = _compute_dtype(compute_dtype, self.dtype)
         self.storage = Storage(hf_model, self.layers)
         self.precision = usable_precision(precision, self.device, self.compute_dtype)
+        self._is_frozen = False
         _refuse_weights_that_are_not_finite(self.storage)
 
     @classmethod
@@ -485,7 +486,7 @@ class DetachedModel:
         What is changed for the time being (names of implementations in configs, evaluation mode,
         functions of modelling files, what modules keep on themselves) is restored afterwards, also
         after an exception. As some of it belongs to all models of a class, one thread at a time can
-        be here; others wait.
+        be here; others wait. Inside another `frozen` only what modules keep is left to do.
 
         Yields:
             Nothing.
@@ -494,11 +495,18 @@ class DetachedModel:
             "_attn_implementation_internal": IMPLEMENTATION,
             "_experts_implementation_internal": "eager",
         }
-        with self.arithmetic(), self._implementations(wanted):
-            hf_model = self.hf_model
-            kept, conventions = _state_kept(hf_model), frozen_conventions(hf_model)
-            with kept, evaluating(hf_model), conventions, self.storage.plain():
+        hf_model = self.hf_model
+        with self.arithmetic(), _state_kept(hf_model):
+            if self._is_frozen:
                 yield
+                return
+            names, conventions = self._implementations(wanted), frozen_conventions(hf_model)
+            with names, evaluating(hf_model), conventions, self.storage.plain():
+                self._is_frozen = True
+                try:
+                    yield
+                finally:
+                    self._is_frozen = False
 
     def _configs(self) -> list[Any]:
         """Every config object that some module of the model holds."""
