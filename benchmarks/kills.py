@@ -1,10 +1,10 @@
 """Runs that are killed at random moments, again and again: nothing they leave may be wrong.
 
 Runs of one process and of four are begun and continued, and after a random time one of their
-processes, or the launcher of the four, gets SIGKILL, SIGTERM or SIGINT. After every kill each row
-marked done must have the bits of an undisturbed run; when a run has ended, so must everything, and
-the next one begins. A run that is still going at the last kill is ended by another number of
-processes. To spare the imports processes are forked; the four by torchrun's own agent.
+processes gets SIGKILL, SIGTERM or SIGINT. After every kill each row marked done must have the bits
+of an undisturbed run; when a run has ended, so must everything, and the next one begins. A run that
+is still going at the last kill is ended by another number of processes. To spare the imports
+processes are forked, and as torchrun does the others are terminated when one has ended.
 
     OMP_NUM_THREADS=1 python benchmarks/kills.py --kills 200
 """
@@ -13,35 +13,54 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
-from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
+import torch
+import transformers
 import typer
 import zarr
 from machine import write_results
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from elm_lanczos import cli, distributed
 from elm_lanczos.errors import StoreError
+from elm_lanczos.model import BUNDLED_MODEL
 from elm_lanczos.store.layout import ROW_ARRAYS
 
 ROOT = Path(distributed.__file__).parents[1]
+LONGEST = 120.0
+"""Seconds in which a run must end."""
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 PROMPTS = [
     "the Soviet Union and the",
-    "peace and security of the",
     "my fellow citizens, we have",
     " ".join(["we seek peace and freedom for all the world"] * 15),  # several owners
 ]
+
+
+def small_model(folder: Path) -> None:
+    """Makes a random Llama with the bundled tokenizer, whose runs take seconds.
+
+    Args:
+        folder: where it is saved.
+    """
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=4096, **sizes, **heads)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED_MODEL / name, folder / name)
 
 
 def arrays(path: Path) -> dict[str, Any]:
@@ -109,23 +128,55 @@ def command_line(arguments: list[str]) -> None:
             raise
 
 
-def launch(processes: int, arguments: list[str], complaints: Path) -> None:
-    """Is `elm-lanczos`, or torchrun with some processes of it; what they say goes to a file."""
-    os.dup2(os.open(complaints, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
-    os.setpgid(0, 0)
-    if processes == 1:
-        return command_line(arguments)
-    options: dict[str, Any] = {"max_restarts": 0, "start_method": "fork"}
-    options |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    config = LaunchConfig(1, 1, processes, run_id=str(os.getpid()), **options)
-    elastic_launch(config, command_line)(arguments)
+def one_of(rank: int, processes: int, port: int, arguments: list[str], complaints: Path) -> None:
+    """Is one process of a run, launched as by torchrun; what it says goes to a file."""
+    os.dup2(os.open(complaints, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
+    if processes > 1:
+        given = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        given |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
+        os.environ |= {name: str(value) for name, value in given.items()}
+    command_line(arguments)
 
 
-def started(processes: int, arguments: list[str], complaints: Path) -> BaseProcess:
-    """A run in processes of its own."""
-    process = get_context("fork").Process(target=launch, args=(processes, arguments, complaints))
-    process.start()
-    return process
+def started(processes: int, arguments: list[str], complaints: Path) -> list[BaseProcess]:
+    """The processes of a run."""
+    complaints.unlink(missing_ok=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = (processes, port, arguments, complaints)
+    context = get_context("fork")
+    run = [context.Process(target=one_of, args=(rank, *given)) for rank in range(processes)]
+    for process in run:
+        process.start()
+    return run
+
+
+def ended(run: list[BaseProcess]) -> int | None:
+    """Waits until all processes of a run have ended, and terminates the others when one fails.
+
+    Args:
+        run: the processes.
+
+    Returns:
+        The exit code of the first one that failed; 0 if none has.
+
+    Raises:
+        StoreError: if they go on when they should have ended.
+    """
+    code, patience = 0, time.monotonic() + LONGEST
+    while any(process.is_alive() for process in run):
+        connection.wait([process.sentinel for process in run if process.is_alive()], timeout=1)
+        failed = next((process.exitcode for process in run if process.exitcode), 0)
+        if failed and not code:
+            code, patience = failed, time.monotonic() + LONGEST
+            for process in run:
+                process.terminate()
+        if time.monotonic() > patience:
+            for process in run:
+                process.kill()
+            raise StoreError("processes of a killed run go on")
+    return code or next((process.exitcode for process in run if process.exitcode), 0)
 
 
 def finished(processes: int, arguments: list[str], complaints: Path) -> None:
@@ -139,9 +190,7 @@ def finished(processes: int, arguments: list[str], complaints: Path) -> None:
     Raises:
         StoreError: if it does not.
     """
-    process = started(processes, arguments, complaints)
-    process.join()
-    if process.exitcode:
+    if ended(started(processes, arguments, complaints)):
         raise StoreError(complaints.read_text())
 
 
@@ -170,33 +219,27 @@ def killed(
         StoreError: if it failed of itself, or did not end.
     """
     out = Path(arguments[arguments.index("--out") + 1])
-    process = started(processes, arguments, complaints)
-    assert process.pid is not None
+    run = started(processes, arguments, complaints)
     lock = out.with_name(f"{out.name}.lock")
-    while not lock.exists() and process.is_alive():
+    while not lock.exists() and all(process.is_alive() for process in run):
         time.sleep(0.005)
-    process.join(moment)
-    everyone: list[psutil.Process] = []
-    alive = process.is_alive()
-    with suppress(psutil.NoSuchProcess):  # it has just ended
-        launcher = psutil.Process(process.pid)
-        everyone = [launcher, *launcher.children(recursive=True)]
-        rng.choice(everyone).send_signal(kind)
-    process.join(100)
-    if psutil.wait_procs(everyone, timeout=60)[1]:
-        raise StoreError("processes of a killed run go on")
-    if f"{ROOT}/elm_lanczos/" in complaints.read_text():  # a traceback
-        raise StoreError(complaints.read_text())
-    if process.exitcode and not alive:
-        raise StoreError(f"failed of itself: {complaints.read_text()}")
-    return bool(process.exitcode)
+    connection.wait([process.sentinel for process in run], timeout=moment)
+    alive = all(process.is_alive() for process in run)
+    victim = rng.choice(run)
+    if victim.is_alive():
+        assert victim.pid is not None
+        os.kill(victim.pid, kind)
+    code = ended(run)
+    said = complaints.read_text()
+    if f"{ROOT}/elm_lanczos/" in said or (code and not alive):  # a traceback, or a failure
+        raise StoreError(said)
+    return bool(code)
 
 
 def main(
     kills: Annotated[int, typer.Option(help="How many, all numbers of processes together.")] = 200,
     processes: Annotated[str, typer.Option(help="Numbers of processes.")] = "1,4",
     seed: Annotated[int, typer.Option(help="Of the moments and signals.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Folder of a small model.")] = None,
 ) -> None:
     """Kill runs, check what they leave, and write benchmarks/results/kills.json."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -209,7 +252,11 @@ def main(
         prompts.write_text("\n".join(PROMPTS))
         given = ["run", "--seq-file", str(prompts), "--k", "2", "--top", "3"]
         given += ["--positions", "last:2", "--batch", "16", "--method", "stream", "--quiet"]
-        given += ["--memory", "2GiB", "--resume", *(["--model", model] if model else []), "--out"]
+        model = folder / "model"
+        maker = get_context("fork").Process(target=small_model, args=(model,))
+        maker.start()  # no thread of torch's may be running here when processes are forked
+        maker.join()
+        given += ["--memory", "2GiB", "--resume", "--model", str(model), "--out"]
         undisturbed = folder / "undisturbed.zarr"
         begun = time.monotonic()
         finished(1, [*given, str(undisturbed)], said)
@@ -217,9 +264,9 @@ def main(
         right = {name: np.asarray(array[...]) for name, array in arrays(undisturbed).items()}
         for number in numbers:
             made = dict.fromkeys(SIGNALS, 0)
-            rows = ended = 0
+            rows = stores = 0
             while sum(made.values()) < kills // len(numbers):
-                out = folder / f"{number}-{ended}.zarr"
+                out = folder / f"{number}-{stores}.zarr"
                 kind, moment = rng.choice(SIGNALS), rng.uniform(0, 0.7) * duration
                 arguments = [*given, str(out)]
                 made[kind] += killed(number, arguments, said, moment, kind, rng)
@@ -227,12 +274,15 @@ def main(
                 if (out / "summary" / "zarr.json").exists():
                     finished(1, arguments, said)
                     same_bits(out, right)
-                    ended += 1
-                print(f"{number} processes: {sum(made.values())} kills, {ended} runs ended")
+                    stores += 1
+                print(
+                    f"{number} processes: {sum(made.values())} kills, {stores} runs ended",
+                    flush=True,
+                )
             finished(1 if number > 1 else 2, [*given, str(out)], said)
             same_bits(out, right)
             counts = {kind.name: times for kind, times in made.items()}
-            row = {"processes": number, **counts, "stores": ended + 1, "rows_checked": rows}
+            row = {"processes": number, **counts, "stores": stores + 1, "rows_checked": rows}
             figures.append(row)
     print(figures, f"written to {write_results('kills', {'runs': figures}).name}")
 

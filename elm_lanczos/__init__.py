@@ -13,8 +13,9 @@ from elm_lanczos.lazy import lazy_names
 del svd  # noqa: F821 (bound by the import above)
 
 if TYPE_CHECKING:
+    from elm_lanczos.certificate import Certificate
     from elm_lanczos.errors import ElmLanczosError, UnsupportedModelError
-    from elm_lanczos.linearization import Certificate, Linearization
+    from elm_lanczos.linearization import Linearization
     from elm_lanczos.model import DetachedModel
     from elm_lanczos.operators import LinearOperator, aslinearoperator
     from elm_lanczos.store import open_results
@@ -37,7 +38,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "Certificate": "elm_lanczos.linearization",
+        "Certificate": "elm_lanczos.certificate",
         "DetachedModel": "elm_lanczos.model",
         "ElmLanczosError": "elm_lanczos.errors",
         "LinearOperator": "elm_lanczos.operators",

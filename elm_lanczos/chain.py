@@ -35,8 +35,8 @@ class Segment:
 
     Attributes:
         name: the module's name in the decoder.
-        function: maps the residual stream (1, T, d) before the segment to that after it.
-        input: (1, T, d), its value for this prompt.
+        function: maps the residual stream (B, T, d) before the segment to that after it.
+        input: (B, T, d), its value for these prompts.
         modules: the modules it runs.
     """
 
@@ -52,7 +52,7 @@ class Trace:
 
     Attributes:
         segments: the chain, from the input embeddings to the output at one position.
-        output: (1, T, m), the final hidden states.
+        output: (B, T, m), the final hidden states.
         at_position: the last layer and the final norm once more, of which the layer is run for the
             output position alone behind its attention; empty where that is no gain. It is the same
             map only for layers that mix tokens nowhere else, which is to be tested.
@@ -105,10 +105,10 @@ def trace(
 
     Args:
         model: the model.
-        inputs: (T, d) input embeddings.
+        inputs: (B, T, d) input embeddings of prompts of one length.
         position: the output position p.
         mode: the freezing to run it under.
-        ids: (T,), the tokens the embeddings stand for, for models that use them otherwise too.
+        ids: (B, T), the tokens the embeddings stand for, for models that use them otherwise too.
 
     Returns:
         The segments and the final hidden states.
@@ -143,13 +143,14 @@ def trace(
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
         with torch.no_grad(), model.frozen(), mode:
-            x = linear(inputs[None])
+            x = linear(inputs)
             output = model.hidden_states(x, ids)
     except Exception as error:  # a model's code raises anything at all
         if isinstance(error, ElmLanczosError) or is_out_of_memory(error):
             raise
         try:
-            model.predict(inputs if ids is None else ids)
+            for prompt in inputs if ids is None else ids:
+                model.predict(prompt)
         except Exception as own:  # the model itself fails: that is the error to show
             reason = f"{type(own).__name__}: {first_line(own) or 'no message'}"
             raise ModelError(f"{model.name} itself does not run on this input ({reason})") from own
@@ -158,7 +159,7 @@ def trace(
         for handle in handles:
             handle.remove()
     _require_linear(output, "the decoder's output")
-    start = Segment("prelude", _prelude(model, ids), inputs[None], (decoder,))
+    start = Segment("prelude", _prelude(model, ids), inputs, (decoder,))
     try:
         segments = _chain(model, start, x, layers, others, output, position, names)
     except _NotAChain as reason:
@@ -240,7 +241,7 @@ def _final(
 def _at_position(segments: tuple[Segment, ...], call: _Call, p: int) -> tuple[Segment, ...]:
     """The last layer and the final norm for one position."""
     layer, norm = segments[-2:]
-    T = layer.input.shape[1]
+    B, T = layer.input.shape[:2]
     if T == 1:
         return ()
     (stream,) = _streams(call)
@@ -249,9 +250,11 @@ def _at_position(segments: tuple[Segment, ...], call: _Call, p: int) -> tuple[Se
         """Of a tensor that has an axis of positions (its first one of length T) the one at p."""
         if isinstance(value, Mask):
             return value.row(p)
-        if not isinstance(value, Tensor) or T not in value.shape:
+        if not isinstance(value, Tensor):
             return value
-        return value.narrow(value.shape.index(T), p, 1)
+        prompts = 1 if B > 1 and value.ndim > 1 and value.shape[0] == B else 0
+        axes = [axis for axis in range(prompts, value.ndim) if value.shape[axis] == T]
+        return value.narrow(axes[0], p, 1) if axes else value
 
     def run(h: Tensor) -> Tensor:
         def there() -> Tensor:
@@ -292,7 +295,7 @@ def _whole(model: DetachedModel, inputs: Tensor, p: int, ids: Tensor | None) -> 
     def run(z: Tensor) -> Tensor:
         return model.hidden_states(z, ids)[:, p : p + 1]
 
-    return Segment("decoder", run, inputs[None], (model.decoder,))
+    return Segment("decoder", run, inputs, (model.decoder,))
 
 
 def _streams(call: _Call) -> list[Tensor]:

@@ -482,7 +482,7 @@ def _first_bend(model: DetachedModel, ids: Tensor, seed: int) -> Break | None:
         mode = Freezing(model.compute_dtype, RULES, **options)
         recorded = _recorded(model, kinds=(Kind.LINEAR, Kind.NONLINEAR))
         with recorded as events, model.frozen(), torch.no_grad(), mode:
-            model.hidden_states(linear(z[None]), ids)
+            model.hidden_states(linear(z[None]), ids[None])
         return events
 
     run(x, record=tape)

@@ -97,7 +97,7 @@ class Footprint:
             itemsize=dtype.itemsize,
         )
 
-    def block(self, length: int, memory: int) -> int:
+    def block(self, length: int, memory: int, prompts: int = 1) -> int:
         """The vectors that are pushed through a layer at once, if no number is asked for.
 
         Enough rows for full-speed products, within caches and memory; on long inputs no less than
@@ -107,49 +107,53 @@ class Footprint:
         Args:
             length: number of tokens T.
             memory: bytes to work within.
+            prompts: how many go through together.
 
         Returns:
             Their number.
         """
-        one = _COPIES * length * self.widest * self.itemsize
-        return int(max(1, min(256, max(16, 8192 // length + 1), memory // 4 // one)))
+        tokens = prompts * length
+        one = _COPIES * tokens * self.widest * self.itemsize
+        return int(max(1, min(256, max(16, 8192 // tokens + 1), memory // 4 // one)))
 
-    def is_kept(self, length: int, memory: int) -> bool:
+    def is_kept(self, length: int, memory: int, prompts: int = 1) -> bool:
         """Whether all layers stay linearised, or each is linearised anew for every block.
 
         Args:
             length: number of tokens T.
             memory: bytes to work within.
+            prompts: how many go through together.
 
         Returns:
             Whether they take no more than half of the memory.
         """
-        return sum(self._maps(length).values()) <= memory // 2
+        return sum(self._maps(length, prompts).values()) <= memory // 2
 
-    def _maps(self, length: int) -> dict[str, int]:
-        row = length * self.itemsize
+    def _maps(self, length: int, prompts: int) -> dict[str, int]:
+        row = prompts * length * self.itemsize
         maps = {"weights raised": self.made}
         maps["gates and scales"] = (self.gates + _NORMS * self.depth * self.hidden) * row
-        if is_explicit(self.heads, length, length):
+        if is_explicit(prompts * self.heads, length, length):
             maps["attention probabilities"] = self.depth * self.heads * length * row
         else:
             maps["queries and keys"] = self.attended * row
         return maps
 
-    def arrays(self, length: int, block: int, *, keep: bool) -> dict[str, int]:
+    def arrays(self, length: int, block: int, prompts: int = 1, *, keep: bool) -> dict[str, int]:
         """The bytes of each kind of array at a length.
 
         Args:
             length: number of tokens T.
             block: vectors that are pushed through a layer at once.
+            prompts: how many go through together.
             keep: whether all layers stay linearised.
 
         Returns:
             Bytes by name; what there is none of is left out.
         """
-        row = length * self.itemsize
+        row = prompts * length * self.itemsize
         held = 1 if keep else self.depth
-        arrays = {name: size // held for name, size in self._maps(length).items()}
+        arrays = {name: size // held for name, size in self._maps(length, prompts).items()}
         arrays["residual streams"] = (self.depth + 1) * self.hidden * row
         arrays["block of vectors"] = block * _COPIES * self.widest * row
         return {name: size for name, size in arrays.items() if size}

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -307,18 +307,18 @@ class DetachedModel:
         token, padding).
 
         Args:
-            z: (1, T, d), may be traced.
-            ids: (T,), the tokens that `z` stands for.
+            z: (B, T, d), may be traced.
+            ids: (B, T), the tokens that `z` stands for.
 
         Returns:
-            (1, T, m), the hidden states after the final norm.
+            (B, T, m), the hidden states after the final norm.
 
         Raises:
             UnsupportedModelError: if the embeddings are not used once and as they are.
         """
         options: dict[str, Any] = {"inputs_embeds": z}
         if ids is not None:
-            options = {"input_ids": ids[None].to(z.device)}
+            options = {"input_ids": ids.to(z.device)}
         parameters = inspect.signature(self.hf_model.forward).parameters.values()
         if any(p.name == "use_cache" or p.kind == p.VAR_KEYWORD for p in parameters):
             options["use_cache"] = False
@@ -422,6 +422,34 @@ class DetachedModel:
             raise UsageError(f"embeddings have width {embeddings.shape[1]}, not {self.hidden_size}")
         embeddings = embeddings.to(self.device, self.compute_dtype)
         return Linearization(self, embeddings, position, **options)
+
+    def linearize_together(
+        self, prompts: Sequence[Tensor], position: int = -1, **options: Any
+    ) -> list[Linearization]:
+        """Rewrites the decoder for several prompts of one length, which go through it together.
+
+        Args:
+            prompts: token ids (T,) each.
+            position: the position whose final hidden states are the outputs.
+            **options: `block`, `memory` and `keep` of `FrozenDecoder`.
+
+        Returns:
+            The linear system of each, all of one frozen decoder: `FrozenDecoder.vjp` and `jvp` do
+            for all what those of one system do for it, in the same time.
+
+        Raises:
+            UnsupportedModelError: if some operation cannot be linearised exactly.
+            UsageError: if there is no prompt, or their lengths differ.
+        """
+        from elm_lanczos.frozen_decoder import FrozenDecoder
+        from elm_lanczos.linearization import Linearization
+
+        if len({len(ids) for ids in prompts}) != 1 or prompts[0].ndim != 1:
+            raise UsageError("prompts that go together are ids (T,) of one length T")
+        inputs = torch.stack([self.embed(ids) for ids in prompts])
+        ids = torch.stack(list(prompts))
+        decoder = FrozenDecoder(self, inputs, position, ids=ids, **options)
+        return [Linearization.of(decoder, number) for number in range(len(prompts))]
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:

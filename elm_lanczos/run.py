@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from elm_lanczos.analysis import attribute
+from elm_lanczos.certificate import Certificate
 from elm_lanczos.config import (
     ModelConfig,
     RunConfig,
@@ -30,7 +31,7 @@ from elm_lanczos.config import (
 )
 from elm_lanczos.decode import decode_triplets
 from elm_lanczos.errors import UnsupportedModelError, UsageError
-from elm_lanczos.linearization import Certificate, Linearization
+from elm_lanczos.linearization import Linearization
 from elm_lanczos.memory import ceiling, size
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import OperatorBatch, TokenOperators

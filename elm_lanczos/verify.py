@@ -21,9 +21,9 @@ import torch
 from pydantic import BaseModel, NonNegativeInt, StrictBool, StrictStr, ValidationError
 from zarr.storage import LocalStore
 
+from elm_lanczos.certificate import Certificate
 from elm_lanczos.config import RunConfig
 from elm_lanczos.errors import ElmLanczosError, StoreError, first_line
-from elm_lanczos.linearization import Certificate
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import Prompt

@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from elm_lanczos.linearization import Certificate, Linearization
+from elm_lanczos.architectures import PROMPT as ARCHITECTURE_PROMPT
+from elm_lanczos.architectures import tiny_config, tiny_model
+from elm_lanczos.certificate import Certificate
+from elm_lanczos.errors import UsageError
+from elm_lanczos.linearization import Linearization
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.rules import RULES
 from tests.families import (
@@ -206,3 +210,47 @@ def test_joint_and_token_operators_agree_with_the_chain() -> None:
     expected = torch.einsum("tmd,td->m", J, flat.view(9, 32))
     assert torch.allclose(lin.joint() @ flat, expected, atol=1e-12)
     assert lin.joint().dot_test() <= 1e-12
+
+
+TOGETHER = ["llama", "qwen3", "gemma3_text", "gpt2", "bloom", "mixtral", "mamba", "qwen3_next"]
+
+
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [*((family, 3) for family in TOGETHER), ("llama", len(ARCHITECTURE_PROMPT))],
+)
+def test_prompts_that_go_together_have_the_systems_of_each(family: str, count: int) -> None:
+    torch.manual_seed(0)
+    model = DetachedModel(tiny_model(tiny_config(family)).double())
+    vocabulary = model.embedding.weight.shape[0]
+    prompts = [torch.tensor(ARCHITECTURE_PROMPT)]
+    prompts += [torch.randint(3, vocabulary, prompts[0].shape) for _ in range(count - 1)]
+    together = model.linearize_together(prompts)
+    assert len({id(lin.decoder) for lin in together}) == 1
+    cotangents = torch.randn(2, together[0].shape[1], dtype=torch.float64)
+    every = together[0].decoder.vjp(cotangents[:, None].expand(-1, count, -1))
+    for number, (ids, lin) in enumerate(zip(prompts, together, strict=True)):
+        alone = model.linearize(ids)
+        assert alone.narrowed == lin.narrowed
+        rows, expected = lin.vjp(cotangents), alone.vjp(cotangents)
+        assert (rows - expected).abs().max() <= 1e-12 * expected.abs().max()
+        assert (every[:, number] - expected).abs().max() <= 1e-12 * expected.abs().max()
+        v = torch.randn(*lin.inputs.shape, dtype=torch.float64)
+        assert (lin.jvp(v) - alone.jvp(v)).norm() <= 1e-12 * alone.jvp(v).norm()
+        for one, other in (
+            (lin.output, alone.output),
+            (lin.constant, alone.constant),
+            (lin(v), alone(v)),
+            (lin.prediction.logits, alone.prediction.logits),
+        ):
+            assert (one - other).norm() <= 1e-12 * max(1.0, float(other.norm()))
+        certificate, other = lin.certificate(), alone.certificate()
+        assert certificate.failures == other.failures
+        assert certificate.reconstruction <= 1e-13 and certificate.leak <= 1e-13
+        assert abs(certificate.fidelity - other.fidelity) <= 1e-7  # of the model's own rounding
+
+
+def test_prompts_that_go_together_are_of_one_length() -> None:
+    model = detached_model("llama")
+    with pytest.raises(UsageError, match="one length"):
+        model.linearize_together([PROMPT, PROMPT[1:]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elm_lanczos.architectures import PROMPT, tiny_config, tiny_model
-from elm_lanczos.linearization import Linearization
+from elm_lanczos.frozen_decoder import FrozenDecoder
 from elm_lanczos.model import DetachedModel
 
 FAMILIES = (
@@ -27,7 +27,7 @@ def test_narrowed_jacobian_is_the_whole_one(family: str, monkeypatch: pytest.Mon
     for position in (T - 1, T // 2):
         lin = model.linearize(ids, position=position)
         with monkeypatch.context() as patch:
-            patch.setattr(Linearization, "_same_map", lambda *_: False)
+            patch.setattr(FrozenDecoder, "_same_map", lambda *_: False)
             whole = model.linearize(ids, position=position)
         assert not whole.narrowed
         seen.add(lin.narrowed)

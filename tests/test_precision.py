@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from elm_lanczos.certificate import Certificate
 from elm_lanczos.errors import UsageError
-from elm_lanczos.linearization import Certificate
 from elm_lanczos.model import DetachedModel
 from tests.families import PROMPT, detached_model, hf_model
 

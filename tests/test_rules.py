@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from elm_lanczos.certificate import Certificate
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.freezing import Freezing, Kind, linear, mark_of
-from elm_lanczos.linearization import Certificate
 from elm_lanczos.rules import RULES
 from tests.families import PROMPT, detached_model, with_mlp
 
