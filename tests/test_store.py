@@ -95,7 +95,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def check_done_rows(path: Path) -> int:
+def check_done_rows(path: str | Path) -> int:
     """Compare every row marked done with what was to be written; returns their number."""
     count = 0
     for result, header in zip(open_results(path), HEADERS, strict=False):

@@ -81,6 +81,7 @@ class Bucket(Place):
         self.own_name = str(prefix).rstrip("/").rpartition("/")[2]
         self.beside = self._connected(URL(str(self.path).rpartition("/")[0]))
         self.held: BucketLock | None = None
+        self.there: set[str] = set()  # objects that need not be created once more
         self.zarr = _Objects(self._objects, read_only=read_only, bucket=self)
 
     def _connected(self, url: URL) -> Any:
@@ -121,6 +122,7 @@ class Bucket(Place):
     def remove(self, name: str) -> None:
         """Remove an object, and all below its name."""
         self.check_lock()
+        self.there.clear()
         with self.asking("write"):
             keys = [e["path"] for page in self._objects.list(name or None) for e in page]
             with suppress(FileNotFoundError):
@@ -212,10 +214,12 @@ class _Objects(ObjectStore[Any]):
             await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Put an object unless there is one."""
-        await asyncio.to_thread(self._bucket.check_lock)
-        with self._bucket.asking("write"):
-            await super().set_if_not_exists(key, value)
+        """Put an object unless there is one; Zarr does so for all parents of every array."""
+        if key not in self._bucket.there:
+            await asyncio.to_thread(self._bucket.check_lock)
+            with self._bucket.asking("write"):
+                await super().set_if_not_exists(key, value)
+            self._bucket.there.add(key)
 
     async def delete(self, key: str) -> None:
         """Remove an object."""
@@ -359,8 +363,10 @@ class _TakenError(Exception):
 
 
 def _version(entry: Any) -> UpdateVersion:
-    """What tells this version of an object from any other."""
-    return {"e_tag": entry["e_tag"], "version": entry["version"]}
+    """What tells this version of an object from any other, as far as the server says it."""
+    found: Any = {key: entry[key] for key in ("e_tag", "version") if entry[key] is not None}
+    version: UpdateVersion = found
+    return version
 
 
 def _reason(error: Exception) -> str:

@@ -284,7 +284,7 @@ class PromptGroup:
             StoreError: The disk is full or the store cannot be written.
         """
         with self._place.writing():
-            node = zarr.open_group(self._place.zarr, path=self.name, mode="r+")
+            node = zarr.open_group(self._place.zarr, path=self.name, mode="r+", zarr_format=3)
             node.update_attributes(to_attributes(attrs))
 
     @property

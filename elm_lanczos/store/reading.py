@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import zarr
 
@@ -157,7 +157,8 @@ def open_array(place: Place, name: str) -> zarr.Array[Any]:
         StoreError: The store gives no answer at all.
     """
     try:
-        return zarr.open_array(place.zarr, path=name, mode="r" if place.zarr.read_only else "r+")
+        mode: Literal["r", "r+"] = "r" if place.zarr.read_only else "r+"
+        return zarr.open_array(place.zarr, path=name, mode=mode, zarr_format=3)
     except StoreError:
         raise
     except Exception as error:  # Zarr's parser raises whatever the metadata makes it meet

@@ -187,7 +187,8 @@ class ResultStore:
             StoreError: The disk is full or the store cannot be written.
         """
         with self._place.writing():
-            zarr.open_group(self._place.zarr, mode="r+").update_attributes(to_attributes(attrs))
+            root = zarr.open_group(self._place.zarr, mode="r+", zarr_format=3)
+            root.update_attributes(to_attributes(attrs))
 
     def __len__(self) -> int:
         """The number of prompts created."""

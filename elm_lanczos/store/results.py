@@ -298,4 +298,4 @@ class PromptResult:
 def _open_dataset(place: Place, group: str) -> xarray.Dataset:
     import xarray
 
-    return xarray.open_zarr(place.zarr, group=group, consolidated=False, chunks=None)
+    return xarray.open_zarr(place.zarr, group=group, consolidated=False, chunks=None, zarr_format=3)

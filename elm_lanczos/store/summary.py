@@ -34,7 +34,7 @@ def write_summary(place: Place, prompts: Sequence[PromptGroup]) -> None:
         place.remove(SUMMARY)
         for name, values in columns.items():
             _write_column(place, name, values)
-        table = zarr.open_group(place.zarr, path=SUMMARY, mode="a")
+        table = zarr.open_group(place.zarr, path=SUMMARY, mode="a", zarr_format=3)
         table.update_attributes(
             {"title": "all tokens of all prompts", "coordinates": "prompt position token token_str"}
         )
