@@ -267,10 +267,14 @@ class BucketLock:
         except _TakenError:
             raise in_use(bucket.path) from None
         self._renewed = begun
-        with bucket.asking("write"):
-            for key in left.keys() - {self._key}:
-                bucket.beside.delete(key)
         threading.Thread(target=self._beat, daemon=True).start()
+        try:
+            with bucket.asking("write"):
+                for key in left.keys() - {self._key}:
+                    bucket.beside.delete(key)
+        except BaseException:
+            self.release()
+            raise
 
     def check(self) -> None:
         """Refuse to go on without the lock, renewing it first if that is overdue.
