@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-BEAT, PATIENCE = 0.2, 1.0
+BEAT, PATIENCE = 0.2, 2.0
 ROOT = Path(__file__).parents[1]
 
 

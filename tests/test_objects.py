@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,6 +285,34 @@ def test_server_that_fails_in_the_middle_stops_the_run_with_one_line(
             group.write_rows(owner, make_rows(group, owner))
             group.commit(owner)
     check_done_rows_of_one(url)
+
+
+def test_upload_in_parts_that_is_cut_leaves_nothing(
+    port: int, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    first, working = threading.Event(), False
+
+    def fault(method: str, path: str) -> str | None:
+        if method == "PUT" and "partNumber=1" in path:
+            first.set()
+        elif method == "PUT" and "partNumber=2" in path and not working:
+            assert first.wait(60)
+            return "cut"
+        return None
+
+    with disturbed(port, fault) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", environment(proxy)["AWS_ENDPOINT_URL"])
+        with create(url) as store:  # U has 6.3 MB; obstore cuts at 5
+            group = store.create_prompt(make_header(128, m=4096), 0)
+            rows = make_rows(group, 0)
+            with pytest.raises(StoreError, match="does not answer"):
+                group.write_rows(0, rows)
+            assert not any("/U/c" in name for name in objects_of(url))
+            assert group.pending() == [0]
+            working = True
+            group.write_rows(0, rows)
+            group.commit(0)
+            assert (rows["U"] == open_results(url)[0].U).all()
 
 
 def check_done_rows_of_one(url: str) -> None:
