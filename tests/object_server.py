@@ -1,6 +1,6 @@
 """A real S3-compatible server in a process of its own, and a proxy that disturbs what passes it.
 
-As a program, `-m tests.object_server run URL` writes the run of `store_cases` to a URL, with locks
+As a program, `-m tests.object_server run URL` writes two prompts of `store_cases` to a URL, with locks
 that are given up soon, and prints its steps; `serve` is the server, until its input ends.
 """
 
@@ -152,7 +152,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         _serve()
     else:
-        from tests.store_cases import run
+        from tests.store_cases import HEADERS, run
 
         hurry(pytest.MonkeyPatch())
-        run(sys.argv[2], lambda step: print(step, flush=True))
+        run(sys.argv[2], lambda step: print(step, flush=True), HEADERS[:2])

@@ -7,7 +7,7 @@ As a program, `-m tests.store_cases run PATH` starts or resumes the run and prin
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +83,14 @@ def start_or_resume(path: str | Path) -> ResultStore:
     return ResultStore.create(path, attrs=ATTRS, fingerprint=FINGERPRINT)
 
 
-def run(path: str | Path, report: Callable[[str], None] = lambda step: None) -> None:
+def run(
+    path: str | Path,
+    report: Callable[[str], None] = lambda step: None,
+    headers: Sequence[PromptHeader] = HEADERS,
+) -> None:
     """Write what is missing of the whole run, reporting the steps."""
     with start_or_resume(path) as store:
-        for number, header in enumerate(HEADERS):
+        for number, header in enumerate(headers):
             if store.prompt(number) is None:
                 report("creating")
                 store.create_prompt(header, number)

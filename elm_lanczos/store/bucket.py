@@ -123,10 +123,11 @@ class Bucket(Place):
         """Remove an object, and all below its name."""
         self.check_lock()
         self.there.clear()
+        own = [name] if name and self.is_file(name) else []
         with self.asking("write"):
-            keys = [e["path"] for page in self._objects.list(name or None) for e in page]
-            with suppress(FileNotFoundError):
-                self._objects.delete([*keys, *([name] if name else [])])
+            below = [entry["path"] for page in self._objects.list(name or None) for entry in page]
+            if own or below:
+                self._objects.delete([*own, *below])
 
     def prepare(self) -> None:
         """Nothing is to be made, and killed uploads are not there."""
