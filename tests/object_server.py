@@ -1,7 +1,7 @@
 """A real S3-compatible server in a process of its own, and a proxy that disturbs what passes it.
 
-As a program, `-m tests.object_server run URL` writes two prompts of `store_cases` to a URL, with locks
-that are given up soon, and prints its steps; `serve` is the server, until its input ends.
+As a program, `-m tests.object_server run URL` writes two prompts of `store_cases` to a URL, with
+locks that are given up soon, and prints its steps; `serve` is the server, until its input ends.
 """
 
 from __future__ import annotations

@@ -234,17 +234,21 @@ def test_killed_during_uploads_the_run_ends_with_the_same_bits(
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stdout is not None
-        for _ in range(rng.randrange(2, 6)):
+        for _ in range(rng.randrange(1, 5)):
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         _, complaints = process.communicate()
-        assert process.returncode == -signal.SIGKILL, complaints
-        kills += 1
+        kills += process.returncode == -signal.SIGKILL
         done = check_done_rows(url)
         assert done >= most  # no committed row is lost
         most = done
-    assert most > 0 and locks_of(url)
+        if process.returncode != -signal.SIGKILL:  # it ended before the signal: begin a new one
+            assert process.returncode == 0, complaints
+            assert objects_of(url) == toy
+            bucket(url).remove("")
+            most = 0
+    assert locks_of(url)
     write_toy(url)
     assert objects_of(url) == toy
     assert locks_of(url) == []
@@ -487,6 +491,6 @@ def test_missing_obstore_is_one_line(command, monkeypatch: pytest.MonkeyPatch, u
 
 
 def test_url_of_a_file_is_a_folder(tmp_path: Path) -> None:
-    write_toy(f"file://{tmp_path}/a%20b.zarr")
+    write_one(f"file://{tmp_path}/a%20b.zarr")
     assert (tmp_path / "a b.zarr/summary/zarr.json").exists()
     assert open_results(f"file://{tmp_path}/a%20b.zarr").path == tmp_path / "a b.zarr"
