@@ -138,7 +138,8 @@ def run(
     text: TextOption = None,
     generate: GenerateOption = None,
     out: Annotated[
-        str | None, typer.Option(help="Result store (default: runs/<date>_<time>.zarr)")
+        str | None,
+        typer.Option(help="Folder or URL of the results (default: runs/<date>_<time>.zarr)"),
     ] = None,
     dtype: DtypeOption = None,
     compute_dtype: ComputeDtypeOption = None,
@@ -255,7 +256,7 @@ def plan(
 
 @app.command(epilog="Example:  elm-lanczos show runs/demo.zarr --prompt 2")
 def show(
-    store: Annotated[Path, typer.Argument(help="A result store.")],
+    store: Annotated[str, typer.Argument(help="A result store: its folder or URL.")],
     prompt: Annotated[
         list[int] | None, typer.Option(help="Number of a prompt, from 1; may be repeated.")
     ] = None,
@@ -276,7 +277,7 @@ def show(
             raise UsageError(f"--prompt {number}: {store} has prompts 1 to {len(results)}")
     words = _words_of(results.attrs)
     with JsonLines() if json else Terminal() as observer:
-        observer.opened(store, words)
+        observer.opened(results.path, words)
         for number in prompt or numbers:
             result = results[number - 1]
             for prediction in (result, *result.positions.values()):
@@ -289,7 +290,7 @@ def show(
     "elm-lanczos verify runs/demo.zarr --no-model --json"
 )
 def verify(
-    store: Annotated[Path, typer.Argument(help="A result store.")],
+    store: Annotated[str, typer.Argument(help="A result store: its folder or URL.")],
     sample: Annotated[
         int | None,
         typer.Option(min=1, help="Rows of each prediction to compute again (default: 4)"),
@@ -307,7 +308,7 @@ def verify(
     _verify(store, sample, no_model=no_model, json=json)
 
 
-def _verify(store: Path, sample: int | None, *, no_model: bool, json: bool) -> None:
+def _verify(store: str, sample: int | None, *, no_model: bool, json: bool) -> None:
     """Prints what is wrong with a store, and ends with the exit code that stands for it."""
     if no_model and sample is not None:
         raise UsageError("--sample rows are computed by the model: leave out --no-model")

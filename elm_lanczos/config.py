@@ -55,7 +55,7 @@ class RunConfig(ModelConfig):
     )
     text: str | None = Field(None, description="one prompt")
     generate: StrictInt = Field(0, ge=0, description="greedy tokens to append and solve for")
-    out: str | None = Field(None, description="folder of the result store")
+    out: str | None = Field(None, description="folder or URL of the result store")
     method: Method = Field("auto", description="how the triplets are computed")
     tol: float | None = Field(None, gt=0, description="residual to reach, relative to σ₁")
     tokens: str = Field("all", description="positions: all, last:8, 0,5,9 or start:stop:step")

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import count, islice, tee
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +41,6 @@ from elm_lanczos.run import (
     Outcome,
     chain_options,
     check_destination,
-    default_path,
     forget_damaged,
     groups_of,
     open_store,
@@ -105,26 +103,24 @@ def run(
             processes.tell("fingerprint", to_json(job.fingerprint))
         processes.together("agreed", lambda: _agree(processes.ask("fingerprint"), job))
         if processes.rank == 0:
-            path = Path(config.out) if config.out is not None else default_path()
             sharing = 1 if own else int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
             options = {"resume": resume, "overwrite": overwrite}
-            with open_store(path, job, **options, sharing=sharing) as store:
-                observer.opened(path, job.model.token_strings)
+            with open_store(job, observer, **options, sharing=sharing) as store:
+                observer.opened(store.path, job.model.token_strings)
                 forget_damaged(store, job, observer, processes.beat)
                 left = [n for n in range(len(prompts)) if _unfinished(store, job, n)]
                 left.sort(key=lambda number: -len(job.ids[number]))
-                processes.tell("work", {"path": str(path), "left": left})
+                processes.tell("work", {"path": str(store.path), "left": left})
                 _compute(processes, store, job, left, observer, own)
                 store.write_summary()
         else:
             work = processes.ask("work")
-            path = Path(work["path"])
-            with ResultStore.open(path, "r+") as store:
-                store.join(processes.rank)
+            with ResultStore.open(work["path"], "r+") as store:
+                store.join(processes.rank, observer.note)
                 torch.set_num_threads(resources(store)["threads"])
                 _compute(processes, store, job, work["left"], observer, own)
         processes.leave()
-    return outcome(path)
+    return outcome(store.path)
 
 
 def _own_device(config: RunConfig) -> RunConfig | None:

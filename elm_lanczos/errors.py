@@ -21,6 +21,10 @@ class StoreError(ElmLanczosError):
     """A result store that cannot be created, resumed or read."""
 
 
+class DamagedError(StoreError):
+    """A part of a result store that is there, but not as it was written."""
+
+
 class PeerError(ElmLanczosError):
     """Another process of the run has failed and says why; this one only ends (exit code 1)."""
 

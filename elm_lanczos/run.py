@@ -46,6 +46,7 @@ from elm_lanczos.store import (
     open_results,
 )
 from elm_lanczos.store.faults import FINISHED
+from elm_lanczos.store.place import Address, place_at
 from elm_lanczos.store.provenance import package_versions
 from elm_lanczos.svd.cost import faster_dense, predict
 from elm_lanczos.svd.plan import Plan
@@ -65,7 +66,7 @@ class Observer(Protocol):
     def note(self, message: str) -> None:
         """Something the user should know."""
 
-    def opened(self, path: Path, words: Callable[[Sequence[int]], list[str]]) -> None:
+    def opened(self, path: Address, words: Callable[[Sequence[int]], list[str]]) -> None:
         """The store is open; `words` spells token ids."""
 
     def started(self, number: int, total: int, text: str) -> None:
@@ -91,7 +92,7 @@ class Outcome:
         not_exact: predictions whose certificate misses a bound.
     """
 
-    path: Path
+    path: Address
     not_converged: int
     not_exact: int
 
@@ -172,14 +173,13 @@ def run(
     """
     check_destination(config, resume=resume, overwrite=overwrite)
     job = prepare(config, prompts_of(config), observer)
-    path = Path(config.out) if config.out is not None else default_path()
-    with open_store(path, job, resume=resume, overwrite=overwrite) as store:
-        observer.opened(path, job.model.token_strings)
+    with open_store(job, observer, resume=resume, overwrite=overwrite) as store:
+        observer.opened(store.path, job.model.token_strings)
         forget_damaged(store, job, observer)
         for number in range(len(job.prompts)):
             solve_prompt(store, job, number, observer, hint=number == 0)
         store.write_summary()
-    return outcome(path)
+    return outcome(store.path)
 
 
 def check_destination(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -192,6 +192,7 @@ def check_destination(config: RunConfig, *, resume: bool, overwrite: bool) -> No
 
     Raises:
         UsageError: if they do.
+        StoreError: if `config.out` is a URL that cannot be used.
     """
     if resume and overwrite:
         raise UsageError("--resume keeps a store and --overwrite replaces it: choose one")
@@ -199,6 +200,8 @@ def check_destination(config: RunConfig, *, resume: bool, overwrite: bool) -> No
         raise UsageError("--resume needs the store to continue: add --out FOLDER")
     if config.out == "":
         raise UsageError("--out is empty")
+    if config.out is not None:
+        place_at(config.out)
 
 
 def prepare(config: RunConfig, prompts: Sequence[Prompt], observer: Observer) -> Job:
@@ -343,13 +346,13 @@ def prompts_of(config: RunConfig) -> list[Prompt]:
 
 
 def open_store(
-    path: Path, job: Job, *, resume: bool, overwrite: bool, sharing: int = 1
+    job: Job, observer: Observer, *, resume: bool, overwrite: bool, sharing: int = 1
 ) -> ResultStore:
     """Creates or continues the store of a run, and computes with its threads from here on.
 
     Args:
-        path: where it is, or is to be.
         job: the run.
+        observer: told what the user should know of the store.
         resume: continue the store if it exists.
         overwrite: replace it if it exists.
         sharing: processes that share the memory of the device.
@@ -360,16 +363,19 @@ def open_store(
     Raises:
         StoreError: if it cannot be created or continued.
     """
-    if resume and path.exists():
+    path = job.config.out or default_path()
+    if resume and place_at(path).exists(""):
         store = ResultStore.open(path, "r+")
-        store.resume(job.fingerprint)
+        store.resume(job.fingerprint, observer.note)
     else:
-        store = _create_store(path, job, overwrite, sharing)
+        store = _create_store(path, job, observer, overwrite, sharing)
     torch.set_num_threads(resources(store)["threads"])
     return store
 
 
-def _create_store(path: Path, job: Job, overwrite: bool, sharing: int) -> ResultStore:
+def _create_store(
+    path: str | Path, job: Job, observer: Observer, overwrite: bool, sharing: int
+) -> ResultStore:
     config, model = job.config, job.model
     hf_config = model.hf_model.config
     attrs = {
@@ -388,7 +394,13 @@ def _create_store(path: Path, job: Job, overwrite: bool, sharing: int) -> Result
             "threads": torch.get_num_threads(),
         },
     }
-    return ResultStore.create(path, attrs=attrs, fingerprint=job.fingerprint, overwrite=overwrite)
+    return ResultStore.create(
+        path,
+        attrs=attrs,
+        fingerprint=job.fingerprint,
+        overwrite=overwrite,
+        note=observer.note,
+    )
 
 
 # ------------------------------------------------------------------------------ one prompt
@@ -442,7 +454,7 @@ def solve_prompt(
         observer.planned(plan, plan.passes[plan.method])
         _write_triplets(group, lin, plan, job, observer, operators)
         _finish(group, certificate, time.perf_counter() - begun)
-        observer.finished(open_results(store.path).group(group.name))
+        observer.finished(store.result(group))
 
 
 def forget_damaged(
@@ -489,7 +501,7 @@ def show_stored(
         position: the output position.
         observer: told what happens.
     """
-    result = open_results(store.path).group(groups_of(store, number)[position].name)
+    result = store.result(groups_of(store, number)[position])
     observer.started(number, len(job.prompts), result.text)
     observer.finished(result)
 
@@ -748,7 +760,7 @@ def _numpy(tensor: Tensor) -> Any:
     return tensor.detach().cpu().numpy()
 
 
-def outcome(path: Path) -> Outcome:
+def outcome(path: Address) -> Outcome:
     """Returns how the run of a store ended.
 
     Args:

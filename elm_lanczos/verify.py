@@ -13,17 +13,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel, NonNegativeInt, StrictBool, StrictStr, ValidationError
-from zarr.storage import LocalStore
 
 from elm_lanczos.certificate import Certificate
 from elm_lanczos.config import RunConfig
-from elm_lanczos.errors import ElmLanczosError, StoreError, first_line
+from elm_lanczos.errors import DamagedError, ElmLanczosError, first_line
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import Prompt
@@ -33,7 +31,8 @@ from elm_lanczos.store import PromptResult, Results, open_results
 from elm_lanczos.store.attributes import first_difference, to_json
 from elm_lanczos.store.faults import Fault, computed, layout_faults, read_owners, whole_faults
 from elm_lanczos.store.layout import OUTPUT_ARRAYS, ROW_ARRAYS, Array
-from elm_lanczos.store.reading import position_names, read_array
+from elm_lanczos.store.place import Address, Place, place_at
+from elm_lanczos.store.reading import below, position_names, read_array
 from elm_lanczos.store.summary import SUMMARY, summary_columns
 from elm_lanczos.svd.plan import TF32_TOL, Plan
 from elm_lanczos.svd.result import rounding_level
@@ -63,7 +62,7 @@ class Verification:
         faults: everything that is wrong.
     """
 
-    path: Path
+    path: Address
     complete: bool
     predictions: int
     done: int
@@ -138,7 +137,7 @@ class _Group:
 
 
 def verify(
-    path: str | Path,
+    path: str | Address,
     *,
     sample: int = SAMPLE,
     load: Callable[[RunConfig], DetachedModel] | None = load_model,
@@ -148,7 +147,7 @@ def verify(
     A run that goes on, or that was interrupted, is read as far as it is done.
 
     Args:
-        path: the folder of the store.
+        path: the folder of the store, or its URL.
         sample: rows of each prediction to compute again.
         load: loads the model of the run's options; None reads without a model.
 
@@ -159,12 +158,12 @@ def verify(
         StoreError: if there is no result store at the path.
     """
     results = open_results(path)
-    store = LocalStore(results.path, read_only=True)
+    place = place_at(results.path)
     faults: list[Fault] = []
     groups = [
-        _read_group(store, results.group(name), results.attrs)
+        _read_group(place, results.group(name), results.attrs)
         for prompt in results
-        for name in _names(prompt)
+        for name in _names(place, prompt)
     ]
     ended = _is_complete(results, faults)
     if ended:  # before, prompts are created in any order
@@ -174,7 +173,7 @@ def verify(
     )
     faults += [fault for group in groups for fault in group.faults]
     if complete and not faults:
-        faults += _summary_faults(store, results)
+        faults += _summary_faults(place, results)
     recomputed = 0
     if load is not None:
         recomputed = _recompute(results, groups, complete, sample, load, faults)
@@ -190,9 +189,9 @@ def verify(
     )
 
 
-def _names(prompt: PromptResult) -> list[str]:
+def _names(place: Place, prompt: PromptResult) -> list[str]:
     """The paths of a prompt's group and of those of its further positions."""
-    return [prompt.name, *(f"{prompt.name}/{name}" for name in position_names(prompt.path))]
+    return [prompt.name, *position_names(place, prompt.name)]
 
 
 def _gaps(results: Results) -> Iterator[Fault]:
@@ -207,7 +206,7 @@ def _gaps(results: Results) -> Iterator[Fault]:
 def _is_complete(results: Results, faults: list[Fault]) -> bool:
     try:
         return results.complete
-    except StoreError as error:
+    except DamagedError as error:
         faults.append(Fault(str(error), SUMMARY))
         return True  # there is a summary, if a damaged one
 
@@ -215,25 +214,25 @@ def _is_complete(results: Results, faults: list[Fault]) -> bool:
 # ----------------------------------------------------------------------------- one prediction
 
 
-def _read_group(store: LocalStore, result: PromptResult, root: Mapping[str, Any]) -> _Group:
+def _read_group(place: Place, result: PromptResult, root: Mapping[str, Any]) -> _Group:
     """Reads everything of one prediction."""
     group = _Group(result)
     metadata = result.path / "zarr.json"
     try:
         group.attributes = _Attributes.model_validate(result.attrs)
-    except StoreError as error:
+    except DamagedError as error:
         group.faults.append(Fault(str(error), result.name))
         return group
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        reason = f"attribute {place}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        key = ".".join(str(part) for part in first["loc"])
+        reason = f"attribute {key}: {first['msg'][0].lower()}{first['msg'][1:]}"
         group.faults.append(Fault(reason, result.name, file=metadata))
-    group.faults += layout_faults(store, result.name)
+    group.faults += layout_faults(place, result.name)
     if group.faults:  # of arrays of another form nothing more can be said
         return group
     assert group.attributes is not None
-    for tokens, rows, faults in read_owners(store, result.name):
+    for tokens, rows, faults in read_owners(place, result.name):
         group.faults += faults
         if not faults:
             group.faults += _row_faults(group, tokens, rows, _vocabulary(root))
@@ -243,7 +242,7 @@ def _read_group(store: LocalStore, result: PromptResult, root: Mapping[str, Any]
             given_up = rows["done"] & (rows["status"] == Status.NOT_CONVERGED)
             group.not_converged += int(given_up.sum())
             group.rows = np.concatenate([group.rows, computed(rows)])
-    group.faults += whole_faults(store, result.name)
+    group.faults += whole_faults(place, result.name)
     if not group.faults:
         group.faults += _prompt_faults(group, _vocabulary(root))
     return group
@@ -366,13 +365,13 @@ def _nan_for_none(figure: float | None) -> float:
     return float("nan") if figure is None else figure
 
 
-def _summary_faults(store: LocalStore, results: Results) -> Iterator[Fault]:
+def _summary_faults(place: Place, results: Results) -> Iterator[Fault]:
     """Where the summary differs from the prompts."""
-    names = [_names(prompt) for prompt in results]
-    for name, values in (summary_columns(store, names) if names else {}).items():
+    names = [_names(place, prompt) for prompt in results]
+    for name, values in (summary_columns(place, names) if names else {}).items():
         try:
-            stored = read_array(store, f"{SUMMARY}/{name}")
-        except StoreError as error:
+            stored = read_array(place, below(SUMMARY, name))
+        except DamagedError as error:
             yield Fault(str(error), SUMMARY, name)
             continue
         same = stored.shape == values.shape and stored.dtype == values.dtype

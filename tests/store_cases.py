@@ -7,7 +7,7 @@ As a program, `-m tests.store_cases run PATH` starts or resumes the run and prin
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from elm_lanczos.status import Status
 from elm_lanczos.store import PromptGroup, PromptHeader, ResultStore
 from elm_lanczos.store.layout import ROW_ARRAYS, Array
+from elm_lanczos.store.place import place_at
 
 FINGERPRINT = {"model": {"id": "toy", "revision": None}, "k": 3, "dtype": "float32", "tol": None}
 ATTRS = {"title": "a toy run", "model": "toy"}
@@ -73,19 +74,23 @@ def write_outputs(group: PromptGroup) -> None:
     )
 
 
-def start_or_resume(path: Path) -> ResultStore:
+def start_or_resume(path: str | Path) -> ResultStore:
     """Create the run's store, or lock it to continue."""
-    if (path / "zarr.json").exists():
+    if place_at(path).exists("zarr.json"):
         store = ResultStore.open(path, "r+")
         store.resume(FINGERPRINT)
         return store
     return ResultStore.create(path, attrs=ATTRS, fingerprint=FINGERPRINT)
 
 
-def run(path: Path, report: Callable[[str], None] = lambda step: None) -> None:
+def run(
+    path: str | Path,
+    report: Callable[[str], None] = lambda step: None,
+    headers: Sequence[PromptHeader] = HEADERS,
+) -> None:
     """Write what is missing of the whole run, reporting the steps."""
     with start_or_resume(path) as store:
-        for number, header in enumerate(HEADERS):
+        for number, header in enumerate(headers):
             if store.prompt(number) is None:
                 report("creating")
                 store.create_prompt(header, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -35,8 +36,9 @@ def test_every_dependency_is_pinned() -> None:
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line
     )
     pinned = {name.lower().replace("_", "-") for name in pins}
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    assert {name.split(">")[0] for name in wanted} <= pinned
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["test"], *extras["object-store"]]
+    assert {re.split(r"[\[>]", name)[0] for name in wanted} <= pinned
     assert pins["torch"] == "2.13.0"
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from elm_lanczos.report.record import Words, json_line
 from elm_lanczos.report.text import printable
 from elm_lanczos.store import PromptResult
+from elm_lanczos.store.place import Address
 from elm_lanczos.svd.plan import Plan
 
 
@@ -28,7 +28,7 @@ class JsonLines:
         """Prints a line on standard error."""
         print(f"note: {printable(message)}", file=sys.stderr)
 
-    def opened(self, path: Path, words: Words) -> None:
+    def opened(self, path: Address, words: Words) -> None:
         """Remembers how to spell tokens."""
         self._words = words
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from elm_lanczos.report.record import Words
 from elm_lanczos.report.text import printable, token_text
 from elm_lanczos.status import Status
 from elm_lanczos.store import PromptResult
+from elm_lanczos.store.place import Address
 from elm_lanczos.svd.plan import Plan
 
 _ROWS = 40
@@ -217,7 +217,7 @@ class Terminal:
         if not self.out.quiet:
             self.err.print(Text(f"note: {printable(message)}", style="yellow"), soft_wrap=True)
 
-    def opened(self, path: Path, words: Words) -> None:
+    def opened(self, path: Address, words: Words) -> None:
         """Remembers how to spell tokens."""
         self.words = words
 

@@ -8,7 +8,7 @@ with ResultStore.create("run.zarr", attrs={…}, fingerprint={…}) as store:
         group.commit(owner)
     store.write_summary()
 
-results = open_results("run.zarr")
+results = open_results("run.zarr")  # or "s3://bucket/run.zarr"
 results.prompts[0].S
 """
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
-from elm_lanczos.errors import StoreError
+from elm_lanczos.errors import DamagedError
 from elm_lanczos.status import Status
 from elm_lanczos.store.attributes import first_difference, to_json
 from elm_lanczos.store.layout import (
@@ -29,9 +28,11 @@ from elm_lanczos.store.layout import (
     create_array,
     owner_ranges,
 )
+from elm_lanczos.store.place import Address, Place
 from elm_lanczos.store.reading import (
     UnreadableError,
-    chunk_file,
+    below,
+    chunk_name,
     open_array,
     read_attributes,
     read_values,
@@ -60,7 +61,7 @@ class Fault:
     group: str = ""
     array: str = ""
     tokens: range | None = None
-    file: Path | None = None
+    file: Address | None = None
 
     def __str__(self) -> str:
         """Name the place, the file and what is wrong, in one line."""
@@ -72,11 +73,11 @@ class Fault:
         return ": ".join([*where, " ".join(self.reason.split())])
 
 
-def layout_faults(store: LocalStore, name: str) -> list[Fault]:
+def layout_faults(place: Place, name: str) -> list[Fault]:
     """Compare the metadata of a group's arrays with what the layout prescribes.
 
     Args:
-        store: The Zarr store.
+        place: Where the store lies.
         name: Path of the group.
 
     Returns:
@@ -85,11 +86,11 @@ def layout_faults(store: LocalStore, name: str) -> list[Fault]:
     arrays, faults = {}, []
     for spec in LAYOUT:
         try:
-            arrays[spec.name] = open_array(store, f"{name}/{spec.name}")
-        except StoreError as error:
-            file = store.root / name / spec.name / "zarr.json"
-            reason = str(error.__cause__) if file.exists() else "is missing"
-            faults.append(Fault(reason, name, spec.name, file=file))
+            arrays[spec.name] = open_array(place, below(name, spec.name))
+        except DamagedError as error:
+            file = below(name, spec.name, "zarr.json")
+            reason = str(error.__cause__) if place.exists(file) else "is missing"
+            faults.append(Fault(reason, name, spec.name, file=place.path / file))
     sizes, real = _sizes(arrays), _real(arrays)
     for spec in LAYOUT:
         if spec.name in arrays and all(dim in sizes for dim in spec.dims):
@@ -99,8 +100,8 @@ def layout_faults(store: LocalStore, name: str) -> list[Fault]:
             )
             if found is not None:
                 reason = f"{found[0]} is {found[1]!r}, not {found[2]!r}"
-                file = store.root / name / spec.name / "zarr.json"
-                faults.append(Fault(reason, name, spec.name, file=file))
+                file = below(name, spec.name, "zarr.json")
+                faults.append(Fault(reason, name, spec.name, file=place.path / file))
     return faults
 
 
@@ -121,13 +122,11 @@ def _real(arrays: Mapping[str, zarr.Array[Any]]) -> str:
     return kept.most_common(1)[0][0] if kept else "float32"
 
 
-def read_owners(
-    store: LocalStore, name: str
-) -> Iterator[tuple[range, dict[str, Array], list[Fault]]]:
+def read_owners(place: Place, name: str) -> Iterator[tuple[range, dict[str, Array], list[Fault]]]:
     """Read all rows of a group, one owner at a time.
 
     Args:
-        store: The Zarr store.
+        place: Where the store lies.
         name: Path of a group whose layout is right.
 
     Yields:
@@ -135,8 +134,8 @@ def read_owners(
         read; and one fault for each file that cannot, or that gives nothing though its rows are
         done.
     """
-    finished = read_attributes(store.root / name).get(FINISHED) is True
-    arrays = {spec.name: open_array(store, f"{name}/{spec.name}") for spec in (DONE, *ROW_ARRAYS)}
+    finished = read_attributes(place, name).get(FINISHED) is True
+    arrays = {spec.name: open_array(place, below(name, spec.name)) for spec in (DONE, *ROW_ARRAYS)}
     for owner, tokens in enumerate(owner_ranges(arrays["done"].shape[0])):
         rows: dict[str, Array] = {}
         faults: list[Fault] = []
@@ -144,20 +143,20 @@ def read_owners(
             try:
                 rows[array] = read_values(opened, slice(tokens.start, tokens.stop))
             except UnreadableError as error:
-                file = chunk_file(store, opened, owner)
+                file = place.path / chunk_name(opened, owner)
                 faults.append(Fault(f"is damaged: {error}", name, array, tokens, file))
         marks = rows.get("done")
         if marks is not None and finished and not marks.all():
-            file = chunk_file(store, arrays["done"], owner)
+            file = place.path / chunk_name(arrays["done"], owner)
             reason = "marks rows as not done though the group is finished"
             faults.append(Fault(reason, name, "done", tokens, file))
         live = computed(rows)
         for spec in ROW_ARRAYS if live.any() else ():
             if spec.name in rows and _is_empty(rows[spec.name][live], spec.fill):
-                file = chunk_file(store, arrays[spec.name], owner)
-                missing = not file.is_file()
+                chunk = chunk_name(arrays[spec.name], owner)
+                missing = not place.is_file(chunk)
                 reason = "is missing" if missing else "holds nothing though its rows are done"
-                faults.append(Fault(reason, name, spec.name, tokens, file))
+                faults.append(Fault(reason, name, spec.name, tokens, place.path / chunk))
         yield tokens, rows, faults
 
 
@@ -186,39 +185,40 @@ def _is_empty(values: Array, fill: object) -> bool:
     return bool((np.isnan(values) if values.dtype.kind == "f" else values == fill).all())
 
 
-def whole_faults(store: LocalStore, name: str) -> Iterator[Fault]:
+def whole_faults(place: Place, name: str) -> Iterator[Fault]:
     """Read the arrays that belong to a prompt as a whole.
 
     Args:
-        store: The Zarr store.
+        place: Where the store lies.
         name: Path of a group whose layout is right.
 
     Yields:
         A fault for each that is damaged, or that should be written and is not.
     """
-    written = read_attributes(store.root / name).get(OUTPUTS_WRITTEN) is True
+    written = read_attributes(place, name).get(OUTPUTS_WRITTEN) is True
     for spec in (*TOKEN_ARRAYS, *(OUTPUT_ARRAYS if written else ())):
-        array = open_array(store, f"{name}/{spec.name}")
-        file = chunk_file(store, array, 0)
+        array = open_array(place, below(name, spec.name))
+        chunk = chunk_name(array, 0)
+        file = place.path / chunk
         try:
             values = read_values(array)
         except UnreadableError as error:
             yield Fault(f"is damaged: {error}", name, spec.name, file=file)
             continue
-        if not file.is_file() and _is_empty(values, spec.fill):
+        if _is_empty(values, spec.fill) and not place.is_file(chunk):
             yield Fault("is missing", name, spec.name, file=file)
 
 
-def damage(store: LocalStore, name: str) -> Iterator[Fault]:
+def damage(place: Place, name: str) -> Iterator[Fault]:
     """Read every file of a group whose layout is right.
 
     Args:
-        store: The Zarr store.
+        place: Where the store lies.
         name: Path of the group.
 
     Yields:
         A fault for each file that is damaged or lost.
     """
-    for _, _, faults in read_owners(store, name):
+    for _, _, faults in read_owners(place, name):
         yield from faults
-    yield from whole_faults(store, name)
+    yield from whole_faults(place, name)

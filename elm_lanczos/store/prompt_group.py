@@ -7,10 +7,8 @@ a time under the stored plan, so that the result has the same bits as an undistu
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ import zarr
 from elm_lanczos.errors import StoreError
 from elm_lanczos.status import Status
 from elm_lanczos.store.attributes import Json, to_attributes, to_json
-from elm_lanczos.store.durable import DurableStore, writing
 from elm_lanczos.store.faults import FINISHED, OUTPUTS_WRITTEN, Fault, damage, layout_faults
 from elm_lanczos.store.layout import (
     LAYOUT,
@@ -30,7 +27,15 @@ from elm_lanczos.store.layout import (
     create_array,
     owner_ranges,
 )
-from elm_lanczos.store.reading import open_array, position_names, read_array, read_attributes
+from elm_lanczos.store.place import Address, Place
+from elm_lanczos.store.reading import (
+    below,
+    chunk_name,
+    open_array,
+    position_names,
+    read_array,
+    read_attributes,
+)
 
 
 class PromptGroup:
@@ -39,12 +44,12 @@ class PromptGroup:
     Processes may write different owners at the same time; everything else is for one coordinator.
 
     Args:
-        store: The Zarr store.
+        place: Where the store lies, open for writing.
         name: Path of the group.
     """
 
-    def __init__(self, store: DurableStore, name: str) -> None:
-        self._store = store
+    def __init__(self, place: Place, name: str) -> None:
+        self._place = place
         self.name = name
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
@@ -54,14 +59,14 @@ class PromptGroup:
         return f"<PromptGroup {self.path}: {done} of {len(self.owners())} owners done>"
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Address:
         """The folder of the group."""
-        return self._store.root / self.name
+        return self._place.path / self.name
 
     @property
     def attrs(self) -> dict[str, Json]:
         """The attributes as they are stored now."""
-        return read_attributes(self.path)
+        return read_attributes(self._place, self.name)
 
     @property
     def plan(self) -> Json:
@@ -78,7 +83,9 @@ class PromptGroup:
     @cached_property
     def requested(self) -> Array:
         """Whether each token's triplets were asked for, bool (T,)."""
-        requested: Array = read_array(self._store, f"{self.name}/status") != Status.NOT_REQUESTED
+        requested: Array = (
+            read_array(self._place, below(self.name, "status")) != Status.NOT_REQUESTED
+        )
         return requested
 
     @property
@@ -92,7 +99,7 @@ class PromptGroup:
 
     def pending(self) -> list[int]:
         """The indices of the owners that are not committed; one without requested tokens is."""
-        done = read_array(self._store, f"{self.name}/done")
+        done = read_array(self._place, below(self.name, "done"))
         return [
             index for index, owner in enumerate(self.owners()) if not done[_tokens(owner)].all()
         ]
@@ -110,18 +117,18 @@ class PromptGroup:
             StoreError: An array's metadata are damaged, which no computation brings back; or the
                 store cannot be written.
         """
-        for fault in layout_faults(self._store, self.name):
+        for fault in layout_faults(self._place, self.name):
             raise StoreError(f"{fault}; start again with --overwrite")
-        faults = list(damage(self._store, self.name))
-        with writing(self._store.root):
-            for fault in faults:
+        faults = list(damage(self._place, self.name))
+        with self._place.writing():
+            owners = [0 if f.tokens is None else self.owners().index(f.tokens) for f in faults]
+            for fault, owner in zip(faults, owners, strict=True):
                 if fault.tokens is not None and fault.array != "done":
-                    _remove(self.path / "done" / f"c.{self.owners().index(fault.tokens)}")
+                    self._remove("done", owner)
             if faults:
                 self.set_attrs({OUTPUTS_WRITTEN: False, FINISHED: False})
-            for fault in faults:
-                if fault.file is not None:
-                    _remove(fault.file)
+            for fault, owner in zip(faults, owners, strict=True):
+                self._remove(fault.array, owner)
         return faults
 
     def restore(
@@ -143,11 +150,11 @@ class PromptGroup:
         }
         skipped = np.ones(self.tokens, dtype=bool)
         skipped[list(requested)] = False
-        done = read_array(self._store, f"{self.name}/done")
-        status = read_array(self._store, f"{self.name}/status")
-        with writing(self._store.root):
+        done = read_array(self._place, below(self.name, "done"))
+        status = read_array(self._place, below(self.name, "status"))
+        with self._place.writing():
             for name, values in created.items():
-                if not np.array_equal(read_array(self._store, f"{self.name}/{name}"), values):
+                if not np.array_equal(read_array(self._place, below(self.name, name)), values):
                     self._array(name)[:] = values
             for tokens in map(_tokens, (self.owners()[owner] for owner in self.pending())):
                 if ((status[tokens] == Status.NOT_REQUESTED) != skipped[tokens]).any():
@@ -206,7 +213,7 @@ class PromptGroup:
             raise ValueError("status disagrees with the tokens requested")
         if (status == Status.PENDING).any():
             raise ValueError("rows with status pending cannot be written")
-        with writing(self._store.root):
+        with self._place.writing():
             for name, values in rows.items():
                 array = self._array(name)
                 array[tokens] = np.ascontiguousarray(values, dtype=array.dtype)
@@ -224,7 +231,7 @@ class PromptGroup:
         Raises:
             StoreError: The array is missing or damaged.
         """
-        return read_array(self._store, f"{self.name}/{name}", _tokens(self.owners()[owner]))
+        return read_array(self._place, below(self.name, name), _tokens(self.owners()[owner]))
 
     def commit(self, owner: int) -> None:
         """Mark one owner's rows as done, after `write_rows` has returned.
@@ -235,7 +242,7 @@ class PromptGroup:
         Raises:
             StoreError: The disk is full or the store cannot be written.
         """
-        with writing(self._store.root):
+        with self._place.writing():
             self._array("done")[_tokens(self.owners()[owner])] = True
 
     def write_outputs(
@@ -259,7 +266,7 @@ class PromptGroup:
             StoreError: The disk is full or the store cannot be written.
         """
         given = {"output": output, "constant": constant, "attribution": attribution}
-        with writing(self._store.root):
+        with self._place.writing():
             for spec in OUTPUT_ARRAYS:
                 array, values = self._array(spec.name), given[spec.name]
                 if np.shape(values) != array.shape:
@@ -276,15 +283,15 @@ class PromptGroup:
         Raises:
             StoreError: The disk is full or the store cannot be written.
         """
-        with writing(self._store.root):
-            node = zarr.open_group(self._store, path=self.name, mode="r+")
+        with self._place.writing():
+            node = zarr.open_group(self._place.zarr, path=self.name, mode="r+", zarr_format=3)
             node.update_attributes(to_attributes(attrs))
 
     @property
     def positions(self) -> dict[int, PromptGroup]:
         """The groups of further output positions, by position."""
-        names = position_names(self.path)
-        groups = [PromptGroup(self._store, f"{self.name}/{name}") for name in names]
+        names = position_names(self._place, self.name)
+        groups = [PromptGroup(self._place, name) for name in names]
         return {group.position: group for group in groups}
 
     def create_position(self, header: PromptHeader) -> PromptGroup:
@@ -300,20 +307,24 @@ class PromptGroup:
             StoreError: The disk is full or the store cannot be written.
         """
         return create_group(
-            self._store, f"{self.name}/position_{header.output_position:04d}", header
+            self._place, f"{self.name}/position_{header.output_position:04d}", header
         )
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            self._arrays[name] = open_array(self._store, f"{self.name}/{name}")
+            self._arrays[name] = open_array(self._place, below(self.name, name))
         return self._arrays[name]
 
+    def _remove(self, array: str, owner: int) -> None:
+        """Remove the file of one owner's rows, or the folder that lies where it should be."""
+        self._place.remove(chunk_name(self._array(array), owner))
 
-def create_group(store: DurableStore, name: str, header: PromptHeader) -> PromptGroup:
+
+def create_group(place: Place, name: str, header: PromptHeader) -> PromptGroup:
     """Create a prompt's group with all its arrays; its attributes, written last, make it valid.
 
     Args:
-        store: The Zarr store.
+        place: Where the store lies, open for writing.
         name: Path of the group; what an interrupted creation left there is replaced.
         header: What is known of the prompt.
 
@@ -323,14 +334,13 @@ def create_group(store: DurableStore, name: str, header: PromptHeader) -> Prompt
     Raises:
         StoreError: The group exists, the disk is full or the store cannot be written.
     """
-    group = PromptGroup(store, name)
+    group = PromptGroup(place, name)
     if group.attrs:
         raise StoreError(f"{group.path} exists already")
-    with writing(store.root):
-        if group.path.exists():
-            shutil.rmtree(group.path)
+    with place.writing():
+        place.remove(name)
         for spec in LAYOUT:
-            create_array(store, name, spec, header.sizes, header.dtype)
+            create_array(place.zarr, name, spec, header.sizes, header.dtype)
         group._array("token_id")[:] = np.array(header.token_ids, dtype=np.int32)
         group._array("token_str")[:] = np.array(header.token_strings, dtype=object)
         if header.requested is not None:
@@ -349,14 +359,6 @@ def create_group(store: DurableStore, name: str, header: PromptHeader) -> Prompt
         }
     )
     return group
-
-
-def _remove(path: Path) -> None:
-    """Remove the file of a chunk, or the folder that lies where it should be."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _tokens(owner: range) -> slice:

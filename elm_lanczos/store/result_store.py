@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Literal, Self
 
@@ -12,15 +10,8 @@ import zarr
 
 from elm_lanczos.errors import StoreError
 from elm_lanczos.store.attributes import Json, first_difference, to_attributes, to_json
-from elm_lanczos.store.durable import (
-    DurableStore,
-    RunLock,
-    is_partial,
-    make_folder,
-    remove_partial_files,
-    writing,
-)
 from elm_lanczos.store.layout import FORMAT, SCHEMA_VERSION, PromptHeader
+from elm_lanczos.store.place import Address, Lock, Place, place_at
 from elm_lanczos.store.prompt_group import PromptGroup, create_group
 from elm_lanczos.store.provenance import git_commit, package_versions
 from elm_lanczos.store.reading import (
@@ -29,7 +20,12 @@ from elm_lanczos.store.reading import (
     prompt_names,
     read_attributes,
 )
+from elm_lanczos.store.results import PromptResult
 from elm_lanczos.store.summary import SUMMARY, write_summary
+
+
+def _ignore(_note: str) -> None:
+    """Tell nobody."""
 
 
 class ResultStore:
@@ -40,30 +36,32 @@ class ResultStore:
     own by `join`; it creates, writes and commits what it alone was given.
 
     Attributes:
-        path: The folder of the store.
+        path: The folder of the store, or its URL.
     """
 
-    def __init__(self, path: Path, *, read_only: bool, lock: RunLock | None = None) -> None:
-        self.path = path
-        self._store = DurableStore(path, read_only=read_only)
+    def __init__(self, place: Place, lock: Lock | None = None) -> None:
+        self.path = place.path
+        self._place = place
         self._lock = lock
 
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        path: str | Address,
         *,
         attrs: Mapping[str, object],
         fingerprint: Mapping[str, object],
         overwrite: bool = False,
+        note: Callable[[str], None] = _ignore,
     ) -> Self:
         """Create a store and lock it.
 
         Args:
-            path: Its folder, absent or empty.
+            path: Its folder, absent or empty; or a URL such as `s3://bucket/run.zarr`.
             attrs: Attributes of the root: title, model, dtype, seed, method, configuration, …
             fingerprint: All that must be equal for a later run to continue this one.
             overwrite: Replace an existing result store.
+            note: Told what the user should know while the lock is taken.
 
         Returns:
             The store, without prompts.
@@ -72,15 +70,16 @@ class ResultStore:
             StoreError: There is something at the path that must not be replaced, another run uses
                 it, or it cannot be written.
         """
-        path = Path(path)
-        _check_vacant(path, overwrite)
-        lock = RunLock(path)
+        place = place_at(path, read_only=False)
+        _check_vacant(place, overwrite)
+        lock = place.lock(0, note)
         try:
-            _check_vacant(path, overwrite)
-            with writing(path):
-                _remove_store(path)
-                make_folder(path)
-                store = cls(path, read_only=False, lock=lock)
+            _check_vacant(place, overwrite)
+            with place.writing():
+                for name in ("prompts", SUMMARY, "zarr.json"):  # what marks it as a store last
+                    place.remove(name)
+                place.prepare()
+                store = cls(place, lock)
                 identity = {
                     "format": FORMAT,
                     "schema_version": SCHEMA_VERSION,
@@ -88,19 +87,19 @@ class ResultStore:
                     "git_commit": git_commit(),
                     "fingerprint": to_json(fingerprint),
                 }
-                zarr.create_group(store._store, attributes={**to_attributes(attrs), **identity})
-                zarr.create_group(store._store, path="prompts")
+                zarr.create_group(place.zarr, attributes={**to_attributes(attrs), **identity})
+                zarr.create_group(place.zarr, path="prompts")
         except BaseException:
             lock.release()
             raise
         return store
 
     @classmethod
-    def open(cls, path: str | Path, mode: Literal["r", "r+"] = "r") -> Self:
+    def open(cls, path: str | Address, mode: Literal["r", "r+"] = "r") -> Self:
         """Open an existing store without locking it.
 
         Args:
-            path: Its folder.
+            path: Its folder, or its URL.
             mode: "r" to read, "r+" to write.
 
         Returns:
@@ -109,31 +108,36 @@ class ResultStore:
         Raises:
             StoreError: The path holds no store that this version can read.
         """
-        check_result_store(Path(path))
-        return cls(Path(path), read_only=mode == "r")
+        place = place_at(path, read_only=mode == "r")
+        check_result_store(place)
+        return cls(place)
 
-    def join(self, rank: int) -> None:
+    def join(self, rank: int, note: Callable[[str], None] = _ignore) -> None:
         """Hold the lock of a further process of the run that has this store, until `close`.
 
         Args:
             rank: The number of the process, from 1.
+            note: Told what the user should know while the lock is taken.
 
         Raises:
             StoreError: A process of that number uses the store already.
         """
-        self._lock = RunLock(self.path, rank)
+        self._lock = self._place.lock(rank, note)
 
-    def resume(self, fingerprint: Mapping[str, object]) -> None:
+    def resume(
+        self, fingerprint: Mapping[str, object], note: Callable[[str], None] = _ignore
+    ) -> None:
         """Lock the store to continue its run.
 
         Args:
             fingerprint: The fingerprint of the run that wants to continue.
+            note: Told what the user should know while the lock is taken.
 
         Raises:
             StoreError: Another run uses the store, or its fingerprint differs; the message names
                 the first field that does, with both values.
         """
-        self._lock = self._lock or RunLock(self.path)
+        self._lock = self._lock or self._place.lock(0, note)
         found = first_difference(self.attrs["fingerprint"], to_json(fingerprint))
         if found is not None:
             self.close()
@@ -142,8 +146,8 @@ class ResultStore:
                 f"{self.path} cannot be continued: {field} was {stored!r} and is {given!r} now; "
                 "use the same options, or start again with --overwrite"
             )
-        with writing(self.path):
-            remove_partial_files(self.path)
+        with self._place.writing():
+            self._place.prepare()
 
     def __enter__(self) -> Self:
         """Give the store itself."""
@@ -171,7 +175,7 @@ class ResultStore:
     @property
     def attrs(self) -> dict[str, Json]:
         """The attributes of the root as they are stored now."""
-        return read_attributes(self.path)
+        return read_attributes(self._place)
 
     def set_attrs(self, attrs: Mapping[str, object]) -> None:
         """Add attributes to the root, replacing those of the same name.
@@ -182,22 +186,27 @@ class ResultStore:
         Raises:
             StoreError: The disk is full or the store cannot be written.
         """
-        with writing(self.path):
-            zarr.open_group(self._store, mode="r+").update_attributes(to_attributes(attrs))
+        with self._place.writing():
+            root = zarr.open_group(self._place.zarr, mode="r+", zarr_format=3)
+            root.update_attributes(to_attributes(attrs))
 
     def __len__(self) -> int:
         """The number of prompts created."""
-        return len(prompt_names(self.path))
+        return len(prompt_names(self._place))
 
     @property
     def prompts(self) -> list[PromptGroup]:
         """The groups of all prompts created, in order."""
-        return [PromptGroup(self._store, f"prompts/{name}") for name in prompt_names(self.path)]
+        return [PromptGroup(self._place, name) for name in prompt_names(self._place)]
 
     def prompt(self, number: int) -> PromptGroup | None:
         """The group of one prompt by its number from 0, or None if it is not created yet."""
-        group = PromptGroup(self._store, f"prompts/{number:06d}")
+        group = PromptGroup(self._place, f"prompts/{number:06d}")
         return group if group.attrs else None
+
+    def result(self, group: PromptGroup) -> PromptResult:
+        """What is stored of one group, for reading."""
+        return PromptResult(self._place, group.name)
 
     def create_prompt(self, header: PromptHeader, number: int) -> PromptGroup:
         """Create the group of a prompt with all its arrays.
@@ -212,7 +221,7 @@ class ResultStore:
         Raises:
             StoreError: It exists, the disk is full or the store cannot be written.
         """
-        return create_group(self._store, f"prompts/{number:06d}", header)
+        return create_group(self._place, f"prompts/{number:06d}", header)
 
     def write_summary(self) -> None:
         """Write the flat table over all prompts, replacing an earlier one.
@@ -220,29 +229,19 @@ class ResultStore:
         Raises:
             StoreError: A prompt's arrays are damaged, or the store cannot be written.
         """
-        write_summary(self._store, self.prompts)
+        write_summary(self._place, self.prompts)
 
 
-def _check_vacant(path: Path, overwrite: bool) -> None:
-    """Check that a store may be created at a path without destroying anything."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise StoreError(f"{path} is a file: choose another --out")
-    if is_result_store(path):
+def _check_vacant(place: Place, overwrite: bool) -> None:
+    """Check that a store may be created at a place without destroying anything."""
+    if place.is_file(""):
+        raise StoreError(f"{place.path} is a file: choose another --out")
+    if is_result_store(place):
         if not overwrite:
             raise StoreError(
-                f"{path} exists: continue it with --resume or replace it with --overwrite"
+                f"{place.path} exists: continue it with --resume or replace it with --overwrite"
             )
-    elif not all(is_partial(entry) for entry in path.iterdir()):
-        raise StoreError(f"{path} is a folder that is not a result store: choose another --out")
-
-
-def _remove_store(path: Path) -> None:
-    """Remove a store's own files, the one that marks it as a store last."""
-    if path.is_dir():
-        for name in ("prompts", SUMMARY):
-            if (path / name).exists():
-                shutil.rmtree(path / name)
-        remove_partial_files(path)
-        (path / "zarr.json").unlink(missing_ok=True)
+    elif place.names(""):
+        raise StoreError(
+            f"{place.path} is a folder that is not a result store: choose another --out"
+        )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
-from zarr.storage import LocalStore
 
-from elm_lanczos.errors import StoreError
+from elm_lanczos.errors import DamagedError, StoreError
 from elm_lanczos.status import Status
 from elm_lanczos.store.attributes import Json
 from elm_lanczos.store.layout import Array
+from elm_lanczos.store.place import Address, Place, place_at
 from elm_lanczos.store.reading import (
+    below,
     check_result_store,
     position_names,
     prompt_names,
@@ -32,11 +32,11 @@ _SHOWN_PROMPTS = 8
 _SHOWN_CHARACTERS = 60
 
 
-def open_results(path: str | Path) -> Results:
+def open_results(path: str | Address) -> Results:
     """Open a result store for reading.
 
     Args:
-        path: Its folder.
+        path: Its folder, or a URL such as `s3://bucket/run.zarr`.
 
     Returns:
         The results; arrays are read when they are first used.
@@ -44,25 +44,25 @@ def open_results(path: str | Path) -> Results:
     Raises:
         StoreError: The path holds no store that this version can read.
     """
-    path = Path(path)
-    check_result_store(path)
-    return Results(path)
+    place = place_at(path)
+    check_result_store(place)
+    return Results(place)
 
 
 class Results(Sequence["PromptResult"]):
     """The results of one run: a sequence of prompts.
 
     Attributes:
-        path: The folder of the store.
+        path: The folder of the store, or its URL.
         attrs: The attributes of the run: model, configuration, versions, fingerprint.
         prompts: The prompts in order.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.attrs = read_attributes(path)
-        store = LocalStore(path, read_only=True)
-        self.prompts = [PromptResult(store, f"prompts/{name}") for name in prompt_names(path)]
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.path = place.path
+        self.attrs = read_attributes(place)
+        self.prompts = [PromptResult(place, name) for name in prompt_names(place)]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -88,12 +88,12 @@ class Results(Sequence["PromptResult"]):
 
     def group(self, name: str) -> PromptResult:
         """One prompt's results by the path of its group, for example `prompts/000000`."""
-        return PromptResult(LocalStore(self.path, read_only=True), name)
+        return PromptResult(self._place, name)
 
     @property
     def complete(self) -> bool:
         """Whether the run has ended: its summary is written."""
-        return bool(read_attributes(self.path / SUMMARY))
+        return bool(read_attributes(self._place, SUMMARY))
 
     @property
     def summary(self) -> xarray.Dataset:
@@ -104,7 +104,7 @@ class Results(Sequence["PromptResult"]):
         """
         if not self.complete:
             raise StoreError(f"{self.path} has no summary yet: end its run with --resume")
-        return _open_dataset(self.path, SUMMARY)
+        return _open_dataset(self._place, SUMMARY)
 
 
 class PromptResult:
@@ -115,12 +115,12 @@ class PromptResult:
     NaN.
 
     Args:
-        store: The Zarr store, open for reading.
+        place: Where the store lies.
         name: Path of the group.
     """
 
-    def __init__(self, store: LocalStore, name: str) -> None:
-        self._store = store
+    def __init__(self, place: Place, name: str) -> None:
+        self._place = place
         self.name = name
 
     def __repr__(self) -> str:
@@ -130,14 +130,14 @@ class PromptResult:
         return f"<PromptResult {text!r}: {len(self.tokens)} tokens, {', '.join(states)}>"
 
     @property
-    def path(self) -> Path:
-        """The folder of the group."""
-        return self._store.root / self.name
+    def path(self) -> Address:
+        """The folder of the group, or its URL."""
+        return self._place.path / self.name
 
     @cached_property
     def attrs(self) -> dict[str, Json]:
         """All attributes of the group."""
-        return read_attributes(self.path)
+        return read_attributes(self._place, self.name)
 
     @property
     def id(self) -> str:
@@ -272,8 +272,8 @@ class PromptResult:
     @property
     def positions(self) -> dict[int, PromptResult]:
         """The results for further output positions, by position."""
-        names = position_names(self.path)
-        groups = [PromptResult(self._store, f"{self.name}/{name}") for name in names]
+        names = position_names(self._place, self.name)
+        groups = [PromptResult(self._place, name) for name in names]
         return {group.position: group for group in groups}
 
     def to_xarray(self) -> xarray.Dataset:
@@ -282,20 +282,20 @@ class PromptResult:
         Returns:
             The dataset, with the tokens as coordinates.
         """
-        return _open_dataset(self._store.root, self.name)
+        return _open_dataset(self._place, self.name)
 
     def _read(self, name: str) -> Array:
-        return np.asarray(read_array(self._store, f"{self.name}/{name}"))
+        return np.asarray(read_array(self._place, below(self.name, name)))
 
     def _attribute(self, name: str, kind: type[_Kind]) -> _Kind:
         value = self.attrs.get(name)
         if type(value) is not kind:
             found = "is missing" if value is None else f"is a {type(value).__name__}"
-            raise StoreError(f"{self.path / 'zarr.json'} is damaged: {name!r} {found}")
+            raise DamagedError(f"{self.path / 'zarr.json'} is damaged: {name!r} {found}")
         return value
 
 
-def _open_dataset(path: Path, group: str) -> xarray.Dataset:
+def _open_dataset(place: Place, group: str) -> xarray.Dataset:
     import xarray
 
-    return xarray.open_zarr(path, group=group, consolidated=False, chunks=None)
+    return xarray.open_zarr(place.zarr, group=group, consolidated=False, chunks=None, zarr_format=3)

@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import LocalStore
 
-from elm_lanczos.store.durable import DurableStore, writing
 from elm_lanczos.store.layout import STATUS_ATTRS, Array
+from elm_lanczos.store.place import Place
 from elm_lanczos.store.prompt_group import PromptGroup
-from elm_lanczos.store.reading import read_array, read_attributes
+from elm_lanczos.store.reading import below, read_array, read_attributes
 
 SUMMARY = "summary"
 _CHUNK_ROWS = 65536
 _COPIED = ("token_id", "token_str", "status", "stable_rank", "attribution", "S", "residual")
 
 
-def write_summary(store: DurableStore, prompts: Sequence[PromptGroup]) -> None:
+def write_summary(place: Place, prompts: Sequence[PromptGroup]) -> None:
     """Write the table, replacing an earlier one.
 
     Args:
-        store: The Zarr store.
+        place: Where the store lies.
         prompts: The prompts in order.
 
     Raises:
         StoreError: A prompt's arrays are damaged, the disk is full or the store cannot be written.
     """
     names = [[prompt.name, *(g.name for g in prompt.positions.values())] for prompt in prompts]
-    columns = summary_columns(store, names)
-    with writing(store.root):
-        if (store.root / SUMMARY).exists():
-            shutil.rmtree(store.root / SUMMARY)
+    columns = summary_columns(place, names)
+    with place.writing():
+        place.remove(SUMMARY)
         for name, values in columns.items():
-            _write_column(store, name, values)
-        table = zarr.open_group(store, path=SUMMARY, mode="a")
+            _write_column(place, name, values)
+        table = zarr.open_group(place.zarr, path=SUMMARY, mode="a", zarr_format=3)
         table.update_attributes(
             {"title": "all tokens of all prompts", "coordinates": "prompt position token token_str"}
         )
 
 
-def summary_columns(store: LocalStore, names: Sequence[Sequence[str]]) -> dict[str, Array]:
+def summary_columns(place: Place, names: Sequence[Sequence[str]]) -> dict[str, Array]:
     """Collect the columns of the table.
 
     It has one row per token of every prompt, and of every further output position after its
     prompt. `S` and `residual` have as many columns as the widest prompt has triplets, NaN beyond.
 
     Args:
-        store: The Zarr store.
+        place: Where the store lies.
         names: For each prompt the paths of its group and of those of its further positions.
 
     Returns:
@@ -62,9 +59,9 @@ def summary_columns(store: LocalStore, names: Sequence[Sequence[str]]) -> dict[s
     columns: dict[str, list[Array]] = {name: [] for name in ("prompt", "position", "token")}
     columns |= {name: [] for name in _COPIED}
     for index, group in ((i, name) for i, groups in enumerate(names) for name in groups):
-        copied = {name: read_array(store, f"{group}/{name}") for name in _COPIED}
+        copied = {name: read_array(place, below(group, name)) for name in _COPIED}
         tokens = len(copied["token_id"])
-        position = read_attributes(store.root / group)["position"]
+        position = read_attributes(place, group)["position"]
         columns["prompt"].append(np.full(tokens, index, dtype=np.int32))
         columns["position"].append(np.full(tokens, position, dtype=np.int32))
         columns["token"].append(np.arange(tokens, dtype=np.int32))
@@ -85,10 +82,10 @@ def _stack(parts: Sequence[Array]) -> Array:
     return np.concatenate(padded)
 
 
-def _write_column(store: DurableStore, name: str, values: Array) -> None:
+def _write_column(place: Place, name: str, values: Array) -> None:
     array = zarr.create_array(
-        store,
-        name=f"{SUMMARY}/{name}",
+        place.zarr,
+        name=below(SUMMARY, name),
         shape=values.shape,
         dtype=str if name == "token_str" else values.dtype,
         chunks=(min(len(values), _CHUNK_ROWS), *values.shape[1:]),
