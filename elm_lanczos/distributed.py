@@ -39,6 +39,8 @@ from elm_lanczos.run import (
     Job,
     Observer,
     Outcome,
+    Unshown,
+    batches,
     chain_options,
     check_destination,
     forget_damaged,
@@ -48,10 +50,12 @@ from elm_lanczos.run import (
     prepare,
     prompts_of,
     resources,
-    show_stored,
-    solve_prompt,
+    show_prompt,
+    solve_all,
+    solve_batch,
+    token_operators,
 )
-from elm_lanczos.store import PromptResult, ResultStore
+from elm_lanczos.store import ResultStore
 from elm_lanczos.store.attributes import first_difference, to_json
 from elm_lanczos.store.faults import FINISHED
 
@@ -108,8 +112,12 @@ def run(
             with open_store(job, observer, **options, sharing=sharing) as store:
                 observer.opened(store.path, job.model.token_strings)
                 forget_damaged(store, job, observer, processes.beat)
-                left = [n for n in range(len(prompts)) if _unfinished(store, job, n)]
-                left.sort(key=lambda number: -len(job.ids[number]))
+                left = [
+                    batch
+                    for batch in batches(job)
+                    if any(_unfinished(store, job, number) for number in batch)
+                ]
+                left.sort(key=lambda batch: -sum(len(job.ids[number]) for number in batch))
                 processes.tell("work", {"path": str(store.path), "left": left})
                 _compute(processes, store, job, left, observer, own)
                 store.write_summary()
@@ -150,7 +158,7 @@ def _compute(
     processes: Processes,
     store: ResultStore,
     job: Job,
-    left: Sequence[int],
+    left: Sequence[Sequence[int]],
     observer: Observer,
     own: RunConfig | None,
 ) -> None:
@@ -163,11 +171,10 @@ def _compute(
         rounds.serve()
         return
 
-    def split(lin: Linearization, tokens: Sequence[int]) -> SplitOperators:
-        return SplitOperators(lin, tokens, rounds)
+    def split(lins: Sequence[Linearization], tokens: Sequence[int]) -> SplitOperators:
+        return SplitOperators(lins, tokens, rounds)
 
-    for number in range(len(job.prompts)):
-        solve_prompt(store, job, number, observer, hint=number == 0, operators=split)
+    solve_all(store, job, observer, split)
     rounds.stop()
 
 
@@ -310,8 +317,8 @@ def _joined() -> Iterator[Processes]:
 # ---------------------------------------------------------------------------- whole prompts
 
 
-class _Reporter:
-    """Passes on what happens, but for results: they are shown in turn, whoever computed them.
+class _Reporter(Unshown):
+    """Passes on what happens but for results: they are shown in turn, whoever computed them.
 
     Args:
         observer: told what happens.
@@ -319,44 +326,40 @@ class _Reporter:
     """
 
     def __init__(self, observer: Observer, processes: Processes) -> None:
-        self.note = observer.note
-        self.opened = observer.opened
-        self.started = observer.started
-        self.planned = observer.planned
-        self._passes = observer.passes
+        super().__init__(observer)
         self._processes = processes
 
     def passes(self, made: int) -> None:
         """So many passes have been made for this prediction."""
         self._processes.beat()
-        self._passes(made)
-
-    def finished(self, result: PromptResult) -> None:
-        """It will be shown in its turn."""
+        super().passes(made)
 
 
 def _deal_prompts(
-    processes: Processes, store: ResultStore, job: Job, left: Sequence[int], observer: Observer
+    processes: Processes,
+    store: ResultStore,
+    job: Job,
+    left: Sequence[Sequence[int]],
+    observer: Observer,
 ) -> None:
     """Computes whole prompts, whichever is next; the first process shows all, in their order."""
     reporter = _Reporter(observer, processes)
-    unseen = list(range(len(job.prompts)))
+    unseen, open_ = list(range(len(job.prompts))), {number for batch in left for number in batch}
 
     def known(number: int) -> bool:
-        return number not in left or processes.told(f"finished/{number}")
+        return number not in open_ or processes.told(f"finished/{number}")
 
     def show() -> None:
         while processes.rank == 0 and unseen and known(unseen[0]):
-            number = unseen.pop(0)
-            for position in job.positions(number):
-                show_stored(store, job, number, position, observer)
+            show_prompt(store, job, unseen.pop(0), observer)
 
     show()
     hint = processes.rank == 0
-    while (place := processes.next("prompt")) < len(left):
-        solve_prompt(store, job, left[place], reporter, hint=hint)
+    while (place := processes.next("batch")) < len(left):
+        solve_batch(store, job, left[place], reporter, hint=hint)
         hint = False
-        processes.tell(f"finished/{left[place]}", True)
+        for number in left[place]:
+            processes.tell(f"finished/{number}", True)
         show()
     while processes.rank == 0 and unseen:
         processes.wait(lambda: known(unseen[0]))
@@ -403,10 +406,11 @@ class Rounds:
         """Blocks in a round."""
         return self._processes.count
 
-    def open(self, lin: Linearization, tokens: Sequence[int]) -> None:
-        """Lets every process linearise the system of a prediction as the first one did."""
-        assert lin.ids is not None
-        system = {"ids": lin.ids.tolist(), "chain": chain_options(lin), "tokens": list(tokens)}
+    def open(self, lins: Sequence[Linearization], tokens: Sequence[int]) -> None:
+        """Lets every process linearise the systems of predictions as the first one did."""
+        ids, chain = lins[0].decoder.ids, chain_options(lins[0])
+        assert ids is not None
+        system = {"ids": ids.tolist(), "chain": chain, "tokens": list(tokens)}
         self._processes.tell(f"system/{self._systems}", system)
         self._systems += 1
         self._header(_SYSTEM, [])
@@ -446,8 +450,8 @@ class Rounds:
                 system = self._processes.ask(f"system/{self._systems}")
                 self._systems += 1
                 ids = torch.tensor(system["ids"])
-                lin = self._job.model.linearize(ids, **system["chain"])
-                batch = TokenOperators(lin, system["tokens"])
+                lins = self._job.model.linearize_together(list(ids), **system["chain"])
+                batch = token_operators(lins, system["tokens"])
                 continue
             assert batch is not None
             _, m, d = batch.shape
@@ -510,16 +514,18 @@ def _product(batch: TokenOperators, kind: int, X: Tensor, index: Tensor) -> Tens
 
 
 class SplitOperators(OperatorBatch):
-    """The Jacobians of some tokens of one linearised prompt, their blocks dealt to all processes.
+    """The Jacobians of some tokens of linearised prompts, their blocks dealt to all processes.
 
     Args:
-        lin: the linearisation.
+        lins: the systems (see `run.token_operators`).
         tokens: the tokens.
         rounds: the exchange with the other processes.
     """
 
-    def __init__(self, lin: Linearization, tokens: Sequence[int], rounds: Rounds) -> None:
-        self._batch = TokenOperators(lin, tokens)
+    def __init__(
+        self, lins: Sequence[Linearization], tokens: Sequence[int], rounds: Rounds
+    ) -> None:
+        self._batch = token_operators(lins, tokens)
         self._rounds = rounds
         self.shape, self.dtype, self.device = (
             self._batch.shape,
@@ -528,7 +534,7 @@ class SplitOperators(OperatorBatch):
         )
         self.labels, self.inputs = self._batch.labels, self._batch.inputs
         self.precision, self.vectors = self._batch.precision, self._batch.vectors
-        rounds.open(lin, tokens)
+        rounds.open(lins, tokens)
 
     def matvec(self, V: Tensor, index: Tensor) -> Tensor:
         """See `OperatorBatch.matvec`."""

@@ -244,3 +244,33 @@ class Linearization:
         from elm_lanczos.operators import JointOperator
 
         return JointOperator(self)
+
+
+class Together:
+    """The systems of several prompts as one, whose output is the sum of theirs.
+
+    No prompt enters into another one's output: the Jacobians of all its tokens are theirs.
+
+    Args:
+        decoder: the frozen decoder at the prompts.
+
+    Attributes:
+        inputs: (B·T, d), the input embeddings of all prompts.
+        output: (m,), the sum of their outputs.
+        block: how many vectors are pushed through a segment at once.
+        precision: of float32 matrix products.
+    """
+
+    def __init__(self, decoder: FrozenDecoder) -> None:
+        self.decoder = decoder
+        self.inputs, self.output = decoder.inputs.flatten(0, 1), decoder.outputs.sum(0)
+        self.block, self.precision = decoder.block, decoder.precision
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """Returns `J_iᵀ u` for every token of every prompt, (b, m) -> (b, B·T, d)."""
+        every = cotangents[:, None].expand(-1, len(self.decoder.inputs), -1)
+        return self.decoder.vjp(every).flatten(1, 2)
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """Returns `Σ_i J_i v_i` over the tokens of all prompts, (b, B·T, d) -> (b, m)."""
+        return self.decoder.jvp(tangents.reshape(-1, *self.decoder.inputs.shape)).sum(1)

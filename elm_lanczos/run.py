@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ from elm_lanczos.config import (
 )
 from elm_lanczos.decode import decode_triplets
 from elm_lanczos.errors import UnsupportedModelError, UsageError
-from elm_lanczos.linearization import Linearization
+from elm_lanczos.linearization import Linearization, Together
 from elm_lanczos.memory import ceiling, size
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import OperatorBatch, TokenOperators
@@ -52,6 +53,9 @@ from elm_lanczos.svd.cost import faster_dense, predict
 from elm_lanczos.svd.plan import Plan
 from elm_lanczos.svd.result import SVDResult
 from elm_lanczos.svd.solve import plan_for, solve
+
+_TOGETHER = 256
+"""Tokens of short prompts of one length that are solved together."""
 
 _WORTH_SECONDS = 1.0
 """Nobody chooses another method to save less than this on a prompt."""
@@ -144,8 +148,43 @@ class Job:
         return output_positions(self.config, len(self.ids[number]))
 
 
-Operators = Callable[[Linearization, Sequence[int]], OperatorBatch]
-"""Makes the operators of some tokens of a linearised prompt, such as `TokenOperators`."""
+Operators = Callable[[Sequence[Linearization], Sequence[int]], OperatorBatch]
+"""Makes the operators of some tokens of linearised prompts (see `token_operators`)."""
+
+
+def token_operators(lins: Sequence[Linearization], tokens: Sequence[int]) -> TokenOperators:
+    """Returns the Jacobians of some tokens of one prompt, or of several of one length.
+
+    Args:
+        lins: the system of each, all of one frozen decoder.
+        tokens: the tokens, counted through all prompts.
+
+    Returns:
+        The operators.
+    """
+    return TokenOperators(lins[0] if len(lins) == 1 else Together(lins[0].decoder), tokens)
+
+
+class Unshown:
+    """Passes on what happens, but for results: they are shown in their turn.
+
+    Args:
+        observer: told what happens.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.note = observer.note
+        self.opened = observer.opened
+        self.started = observer.started
+        self.planned = observer.planned
+        self._passes = observer.passes
+
+    def passes(self, made: int) -> None:
+        """So many passes have been made for this prediction."""
+        self._passes(made)
+
+    def finished(self, result: PromptResult) -> None:
+        """It will be shown in its turn."""
 
 
 def run(
@@ -176,8 +215,7 @@ def run(
     with open_store(job, observer, resume=resume, overwrite=overwrite) as store:
         observer.opened(store.path, job.model.token_strings)
         forget_damaged(store, job, observer)
-        for number in range(len(job.prompts)):
-            solve_prompt(store, job, number, observer, hint=number == 0)
+        solve_all(store, job, observer)
         store.write_summary()
     return outcome(store.path)
 
@@ -403,34 +441,121 @@ def _create_store(
     )
 
 
-# ------------------------------------------------------------------------------ one prompt
+# ------------------------------------------------------------------------------ all prompts
 
 
-def solve_prompt(
+def batches(job: Job) -> list[list[int]]:
+    """Returns the numbers of the prompts that are solved together: short ones of one length.
+
+    What a prompt of a few tokens takes is mostly what its operations take to be told apart, not to
+    be computed (`benchmarks/batching.py`). Who is together with whom depends on the run's options
+    and prompts alone, so that a resumed run repeats it.
+
+    Args:
+        job: the run.
+
+    Returns:
+        Each number once, in the order of the first ones.
+    """
+    found: list[list[int]] = []
+    unfilled: dict[int, list[int]] = {}
+    for number, ids in enumerate(job.ids):
+        length = len(ids)
+        several = _TOGETHER // length
+        if several < 2 or job.positions(number) != [length - 1]:
+            found.append([number])
+            continue
+        if length not in unfilled:
+            found.append(unfilled.setdefault(length, []))
+        unfilled[length].append(number)
+        if len(unfilled[length]) == several:
+            del unfilled[length]
+    return found
+
+
+def solve_all(
+    store: ResultStore, job: Job, observer: Observer, operators: Operators = token_operators
+) -> None:
+    """Solves the systems of all prompts, and shows the results in the order of the prompts.
+
+    Args:
+        store: the store, open for writing.
+        job: the run.
+        observer: told what happens.
+        operators: makes the operators of some tokens of linearised prompts.
+
+    Raises:
+        UnsupportedModelError: if a certificate shows that the model is not rewritten exactly.
+    """
+    unseen, solved, later = list(range(len(job.prompts))), set[int](), Unshown(observer)
+    for batch in batches(job):
+        at_once = batch == unseen[:1]
+        told = observer if at_once else later
+        solve_batch(store, job, batch, told, hint=0 in batch, operators=operators)
+        solved |= set(batch)
+        unseen = unseen[1:] if at_once else unseen
+        while unseen and unseen[0] in solved:
+            show_prompt(store, job, unseen.pop(0), observer)
+
+
+def solve_batch(
+    store: ResultStore,
+    job: Job,
+    numbers: Sequence[int],
+    observer: Observer,
+    *,
+    hint: bool,
+    operators: Operators = token_operators,
+) -> None:
+    """Solves the systems of one prompt, at all its output positions, or of several at their last.
+
+    Args:
+        store: the store, open for writing.
+        job: the run.
+        numbers: the numbers of the prompts, one of `batches`.
+        observer: told what happens.
+        hint: whether to say where another method would be faster.
+        operators: makes the operators of some tokens of linearised prompts.
+
+    Raises:
+        UnsupportedModelError: if a certificate shows that the model is not rewritten exactly.
+    """
+    options: dict[str, Any] = {"hint": hint, "operators": operators}
+    if len(numbers) > 1:
+        groups = [groups_of(store, number) for number in numbers]
+        predictions = [_prediction(job, number, job.ids[number]) for number in numbers]
+        if all(_is_finished(mine, predictions[0].position) for mine in groups):
+            for number in numbers:
+                show_prompt(store, job, number, observer)
+            return
+        with suppress(_NotTogetherError):
+            _solve(store, job, predictions, groups, observer, **options)
+            return
+    for number in numbers:
+        _solve_prompt(store, job, number, observer, **options)
+
+
+class _NotTogetherError(Exception):
+    """Prompts cannot go through the model together."""
+
+
+def _is_finished(groups: Mapping[int, PromptGroup], position: int) -> bool:
+    return position in groups and groups[position].attrs.get(FINISHED) is True
+
+
+def _solve_prompt(
     store: ResultStore,
     job: Job,
     number: int,
     observer: Observer,
     *,
     hint: bool,
-    operators: Operators = TokenOperators,
+    operators: Operators,
 ) -> None:
-    """Solves the systems of all output positions of one prompt, those of generated tokens too.
-
-    Args:
-        store: the store, open for writing.
-        job: the run.
-        number: the number of the prompt, from 0.
-        observer: told what happens.
-        hint: whether to say where another method would be faster.
-        operators: makes the operators of some tokens of a linearised prompt.
-
-    Raises:
-        UnsupportedModelError: if a certificate shows that the model is not rewritten exactly.
-    """
+    """Solves the systems of all output positions of one prompt, those of generated tokens too."""
     groups = groups_of(store, number)
     positions = job.positions(number)
-    missing = [p for p in positions if p not in groups or not groups[p].attrs.get(FINISHED)]
+    missing = [p for p in positions if not _is_finished(groups, p)]
     full = job.ids[number]
     if missing:
         full = job.model.generate(full, max(0, max(missing) + 1 - len(full)))
@@ -439,21 +564,34 @@ def solve_prompt(
             show_stored(store, job, number, position, observer)
             continue
         prediction = _prediction(job, number, full[: position + 1])
-        observer.started(number, len(job.prompts), prediction.text)
-        begun = time.perf_counter()
-        group, lin, plan = _prepare(store, groups, job, prediction, observer if hint else None)
+        _solve(store, job, [prediction], [groups], observer, hint=hint, operators=operators)
         hint = False
-        certificate = lin.certificate()
-        if certificate.refuted:
-            figures = ", ".join(f"{n} {getattr(certificate, n):.0e}" for n in certificate.refuted)
-            raise UnsupportedModelError(
-                f"{job.model.name} is not rewritten exactly ({figures}): no rule fits something in "
-                "it"
-            )
+
+
+def _solve(
+    store: ResultStore,
+    job: Job,
+    predictions: Sequence[Prediction],
+    groups: Sequence[dict[int, PromptGroup]],
+    observer: Observer,
+    *,
+    hint: bool,
+    operators: Operators,
+) -> None:
+    """Solves the system of one prediction, or of several of one length together."""
+    first, many = predictions[0], len(predictions)
+    about = first.text if many == 1 else f"{many} prompts of {len(first.ids)} tokens"
+    observer.started(first.number, len(job.prompts), about)
+    begun = time.perf_counter()
+    lins, certificates, plan = _prepare(store, groups, job, predictions, observer if hint else None)
+    own = [mine[first.position] for mine in groups]
+    for group, lin, certificate in zip(own, lins, certificates, strict=True):
         _write_outputs(group, lin, job.model, certificate)
-        observer.planned(plan, plan.passes[plan.method])
-        _write_triplets(group, lin, plan, job, observer, operators)
-        _finish(group, certificate, time.perf_counter() - begun)
+    observer.planned(plan, plan.passes[plan.method])
+    _write_triplets(own, lins, plan, job, observer, operators)
+    seconds = (time.perf_counter() - begun) / many
+    for group, certificate in zip(own, certificates, strict=True):
+        _finish(group, certificate, seconds)
         observer.finished(store.result(group))
 
 
@@ -487,6 +625,19 @@ def groups_of(store: ResultStore, number: int) -> dict[int, PromptGroup]:
     """
     main = store.prompt(number)
     return {} if main is None else {main.position: main, **main.positions}
+
+
+def show_prompt(store: ResultStore, job: Job, number: int, observer: Observer) -> None:
+    """Tells an observer of all predictions of a prompt, which are finished already.
+
+    Args:
+        store: the store.
+        job: the run.
+        number: the number of the prompt, from 0.
+        observer: told what happens.
+    """
+    for position in job.positions(number):
+        show_stored(store, job, number, position, observer)
 
 
 def show_stored(
@@ -535,30 +686,76 @@ def _encode(model: DetachedModel, prompt: Prompt, config: RunConfig, observer: O
 
 def _prepare(
     store: ResultStore,
-    groups: dict[int, PromptGroup],
+    groups: Sequence[dict[int, PromptGroup]],
     job: Job,
-    prediction: Prediction,
+    predictions: Sequence[Prediction],
     adviser: Observer | None,
-) -> tuple[PromptGroup, Linearization, Plan]:
-    """Linearises at one prediction, under the stored plan if its group exists already."""
-    model, config, position = job.model, job.config, prediction.position
-    if position in groups:
-        stored: Any = groups[position].plan
-        lin = model.linearize(prediction.ids, **stored["chain"])
+) -> tuple[list[Linearization], list[Certificate], Plan]:
+    """Linearises at some predictions, under the stored plan if a group of theirs exists already."""
+    model, config, position = job.model, job.config, predictions[0].position
+    known = next((mine[position] for mine in groups if position in mine), None)
+    stored: Any = None if known is None else known.plan
+    new = {"block": config.batch, "memory": resources(store)["memory"]}
+    lins, certificates = _linearized(model, predictions, new if stored is None else stored["chain"])
+    tokens = select_tokens(config.tokens, position + 1)
+    if stored is None:
+        plan = _new_plan(lins, tokens, config, predictions[0], adviser)
+        stored = {"svd": asdict(plan), "chain": chain_options(lins[0])}
+        if len(predictions) > 1:
+            stored["prompts"] = [prediction.number for prediction in predictions]
+    else:
         plan = Plan(**stored["svd"])
         if plan.scratch is not None and config.scratch is None:
             raise UsageError("this run keeps rows in a scratch file: add --scratch FOLDER")
         if plan.scratch is not None:
             plan = replace(plan, scratch=config.scratch)
-        tokens = select_tokens(config.tokens, position + 1)
-        strings = model.token_strings(prediction.ids)
-        groups[position].restore(prediction.ids.tolist(), strings, tokens)
-        return groups[position], lin, plan
-    memory = resources(store)["memory"]
-    lin = model.linearize(prediction.ids, block=config.batch, memory=memory)
-    tokens = select_tokens(config.tokens, position + 1)
-    batch = TokenOperators(lin, tokens)
-    plan = _plan(batch, lin.spare_bytes, config, prediction)
+    for mine, prediction, lin in zip(groups, predictions, lins, strict=True):
+        if position in mine:
+            strings = model.token_strings(prediction.ids)
+            mine[position].restore(prediction.ids.tolist(), strings, tokens)
+            continue
+        header = _header(model, config, prediction, lin, tokens, stored)
+        if mine:
+            mine[position] = next(iter(mine.values())).create_position(header)
+            continue
+        if position + 1 < len(job.ids[prediction.number]):  # nowhere else is the whole prompt
+            whole = {"prompt": prediction.prompt.text}
+            header = replace(header, attrs={**header.attrs, **whole})
+        mine[position] = store.create_prompt(header, prediction.number)
+    return lins, certificates, plan
+
+
+def _linearized(
+    model: DetachedModel, predictions: Sequence[Prediction], options: Mapping[str, Any]
+) -> tuple[list[Linearization], list[Certificate]]:
+    """The linear systems of predictions of one length, and their certificates."""
+    try:
+        lins = model.linearize_together([prediction.ids for prediction in predictions], **options)
+        certificates = lins[0].decoder.certificates()
+        for certificate in certificates:
+            if certificate.refuted:
+                pairs = [f"{name} {getattr(certificate, name):.0e}" for name in certificate.refuted]
+                raise UnsupportedModelError(
+                    f"{model.name} is not rewritten exactly ({', '.join(pairs)}): no rule fits "
+                    "something in it"
+                )
+    except UnsupportedModelError as error:
+        if len(predictions) > 1:
+            raise _NotTogetherError from error
+        raise
+    return lins, certificates
+
+
+def _new_plan(
+    lins: Sequence[Linearization],
+    tokens: Sequence[int],
+    config: RunConfig,
+    first: Prediction,
+    adviser: Observer | None,
+) -> Plan:
+    """Resolves how some systems are solved, and says what should be known of it."""
+    lin, batch = lins[0], token_operators(lins, _through_all(lins, [tokens] * len(lins)))
+    plan = _plan(batch, lin.spare_bytes, config, first)
     if adviser is not None and lin.held_bytes > lin.memory:
         adviser.note(
             f"the linearised layers and a block of vectors take about {size(lin.held_bytes)}, more "
@@ -566,16 +763,13 @@ def _prepare(
         )
     if adviser is not None and (line := _hint(batch, config, plan)):
         adviser.note(line)
-    stored = {"svd": asdict(plan), "chain": chain_options(lin)}
-    header = _header(model, config, prediction, lin, tokens, stored)
-    if groups:
-        groups[position] = next(iter(groups.values())).create_position(header)
-    else:
-        if position + 1 < len(job.ids[prediction.number]):  # nowhere else is the whole prompt
-            whole = {"prompt": prediction.prompt.text}
-            header = replace(header, attrs={**header.attrs, **whole})
-        groups[position] = store.create_prompt(header, prediction.number)
-    return groups[position], lin, plan
+    return plan
+
+
+def _through_all(lins: Sequence[Linearization], tokens: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens of each prompt, counted through all prompts."""
+    length = lins[0].shape[0]
+    return [number * length + token for number, some in enumerate(tokens) for token in some]
 
 
 def chain_options(lin: Linearization) -> dict[str, Any]:
@@ -591,23 +785,33 @@ def chain_options(lin: Linearization) -> dict[str, Any]:
 
 
 def _write_triplets(
-    group: PromptGroup,
-    lin: Linearization,
+    groups: Sequence[PromptGroup],
+    lins: Sequence[Linearization],
     plan: Plan,
     job: Job,
     observer: Observer,
     operators: Operators,
 ) -> None:
     """Computes and commits every owner that is not done yet."""
-    tokens = np.flatnonzero(group.requested).tolist()
-    batch = operators(lin, tokens)
+    requested = [np.flatnonzero(group.requested).tolist() for group in groups]
+    tokens, length = _through_all(lins, requested), lins[0].shape[0]
+    batch = operators(lins, tokens)
     place = {token: i for i, token in enumerate(tokens)}
-    pending = group.pending()
-    members = [[place[t] for t in group.owners()[owner] if t in place] for owner in pending]
+    pending = [(number, owner) for number, group in enumerate(groups) for owner in group.pending()]
+    members = [
+        [
+            place[number * length + token]
+            for token in groups[number].owners()[owner]
+            if number * length + token in place
+        ]
+        for number, owner in pending
+    ]
     for which, result in solve(batch, plan, members, observer.passes):
-        rows = _rows(group, pending[which], result, job.model, job.config.top)
-        group.write_rows(pending[which], rows)
-        group.commit(pending[which])
+        number, owner = pending[which]
+        own = [token - number * length for token in result.tokens]
+        rows = _rows(groups[number], owner, own, result, job.model, job.config.top)
+        groups[number].write_rows(owner, rows)
+        groups[number].commit(owner)
 
 
 def _plan(batch: TokenOperators, memory: int, config: RunConfig, prediction: Prediction) -> Plan:
@@ -698,6 +902,7 @@ def _write_outputs(
 def _rows(
     group: PromptGroup,
     owner: int,
+    tokens: Sequence[int],
     result: SVDResult,
     model: DetachedModel,
     top: int,
@@ -721,7 +926,7 @@ def _rows(
         "v_score": words.v.scores,
     }
     rows = group.empty_rows(owner)
-    place = [token - group.owners()[owner].start for token in result.tokens]
+    place = [token - group.owners()[owner].start for token in tokens]
     for name, values in computed.items():
         rows[name][place] = _numpy(values)
     return rows
