@@ -434,8 +434,9 @@ class DetachedModel:
             **options: `block`, `memory` and `keep` of `FrozenDecoder`.
 
         Returns:
-            The linear system of each, all of one frozen decoder: `FrozenDecoder.vjp` and `jvp` do
-            for all what those of one system do for it, in the same time.
+            The linear system of each, all of one frozen decoder. `FrozenDecoder.vjp` and `jvp` do
+            for all of them, with as many operations, what those of one system do for it alone;
+            arithmetic and memory are those of all prompts.
 
         Raises:
             UnsupportedModelError: if some operation cannot be linearised exactly.

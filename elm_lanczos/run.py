@@ -407,7 +407,11 @@ def open_store(
         store.resume(job.fingerprint, observer.note)
     else:
         store = _create_store(path, job, observer, overwrite, sharing)
-    torch.set_num_threads(resources(store)["threads"])
+    try:
+        torch.set_num_threads(resources(store)["threads"])
+    except BaseException:
+        store.close()
+        raise
     return store
 
 
@@ -448,8 +452,9 @@ def batches(job: Job) -> list[list[int]]:
     """Returns the numbers of the prompts that are solved together: short ones of one length.
 
     What a prompt of a few tokens takes is mostly what its operations take to be told apart, not to
-    be computed (`benchmarks/batching.py`). Who is together with whom depends on the run's options
-    and prompts alone, so that a resumed run repeats it.
+    be computed (`benchmarks/batching.py`). Not with Lanczos: each of its vectors is one prompt's.
+    Who is together with whom depends on the run's options and prompts alone, so that a resumed run
+    repeats it.
 
     Args:
         job: the run.
@@ -461,7 +466,7 @@ def batches(job: Job) -> list[list[int]]:
     unfilled: dict[int, list[int]] = {}
     for number, ids in enumerate(job.ids):
         length = len(ids)
-        several = _TOGETHER // length
+        several = 1 if job.config.method == "lanczos" else _TOGETHER // length
         if several < 2 or job.positions(number) != [length - 1]:
             found.append([number])
             continue
@@ -585,13 +590,16 @@ def _solve(
     begun = time.perf_counter()
     lins, certificates, plan = _prepare(store, groups, job, predictions, observer if hint else None)
     own = [mine[first.position] for mine in groups]
-    for group, lin, certificate in zip(own, lins, certificates, strict=True):
-        _write_outputs(group, lin, job.model, certificate)
+    finished = [_is_finished(mine, first.position) for mine in groups]
+    for group, lin, certificate, is_old in zip(own, lins, certificates, finished, strict=True):
+        if not is_old:
+            _write_outputs(group, lin, job.model, certificate)
     observer.planned(plan, plan.passes[plan.method])
     _write_triplets(own, lins, plan, job, observer, operators)
     seconds = (time.perf_counter() - begun) / many
-    for group, certificate in zip(own, certificates, strict=True):
-        _finish(group, certificate, seconds)
+    for group, certificate, is_old in zip(own, certificates, finished, strict=True):
+        if not is_old:
+            _finish(group, certificate, seconds)
         observer.finished(store.result(group))
 
 
@@ -695,14 +703,17 @@ def _prepare(
     model, config, position = job.model, job.config, predictions[0].position
     known = next((mine[position] for mine in groups if position in mine), None)
     stored: Any = None if known is None else known.plan
+    numbers = [prediction.number for prediction in predictions]
+    if len(numbers) > 1 and stored is not None and stored.get("prompts") != numbers:
+        raise _NotTogetherError  # as the run that is continued has found
     new = {"block": config.batch, "memory": resources(store)["memory"]}
     lins, certificates = _linearized(model, predictions, new if stored is None else stored["chain"])
     tokens = select_tokens(config.tokens, position + 1)
     if stored is None:
         plan = _new_plan(lins, tokens, config, predictions[0], adviser)
         stored = {"svd": asdict(plan), "chain": chain_options(lins[0])}
-        if len(predictions) > 1:
-            stored["prompts"] = [prediction.number for prediction in predictions]
+        if len(numbers) > 1:
+            stored["prompts"] = numbers
     else:
         plan = Plan(**stored["svd"])
         if plan.scratch is not None and config.scratch is None:
@@ -732,6 +743,8 @@ def _linearized(
     try:
         lins = model.linearize_together([prediction.ids for prediction in predictions], **options)
         certificates = lins[0].decoder.certificates()
+        if len(predictions) > 1 and any(certificate.failures for certificate in certificates):
+            raise _NotTogetherError  # perhaps only together
         for certificate in certificates:
             if certificate.refuted:
                 pairs = [f"{name} {getattr(certificate, name):.0e}" for name in certificate.refuted]
@@ -756,6 +769,10 @@ def _new_plan(
     """Resolves how some systems are solved, and says what should be known of it."""
     lin, batch = lins[0], token_operators(lins, _through_all(lins, [tokens] * len(lins)))
     plan = _plan(batch, lin.spare_bytes, config, first)
+    if len(lins) > 1 and (plan.refusal or plan.panel < batch.shape[0] or plan.method == "lanczos"):
+        raise _NotTogetherError  # what is shared would be done several times, or not fit
+    if plan.refusal:
+        raise UsageError(plan.refusal)
     if adviser is not None and lin.held_bytes > lin.memory:
         adviser.note(
             f"the linearised layers and a block of vectors take about {size(lin.held_bytes)}, more "
@@ -819,10 +836,7 @@ def _plan(batch: TokenOperators, memory: int, config: RunConfig, prediction: Pre
     entropy = [config.seed, prediction.number, prediction.position]
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     options = (config.k, config.method, config.tol, seed, memory)
-    plan = plan_for(batch, *options, scratch=config.scratch)
-    if plan.refusal:
-        raise UsageError(plan.refusal)
-    return plan
+    return plan_for(batch, *options, scratch=config.scratch)
 
 
 def _hint(batch: TokenOperators, config: RunConfig, plan: Plan) -> str | None:

@@ -47,17 +47,27 @@ def environment(port: int) -> dict[str, str]:
     }
 
 
+VERSIONING = b"<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>"
+
+
 @contextmanager
 def served() -> Iterator[int]:
-    """A server with a bucket named `bucket`, and its port."""
+    """A server with the buckets `bucket` and `versioned`, which keeps versions, and its port."""
     command = [sys.executable, "-m", "tests.object_server", "serve"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, **pipes) as server:
         assert server.stdin is not None and server.stdout is not None
         port = int(server.stdout.readline())
         made = http.client.HTTPConnection("127.0.0.1", port)
-        made.request("PUT", "/bucket")
-        assert made.getresponse().status == 200
+        for path, body in (
+            ("/bucket", b""),
+            ("/versioned", b""),
+            ("/versioned?versioning", VERSIONING),
+        ):
+            made.request("PUT", path, body)
+            response = made.getresponse()
+            response.read()
+            assert response.status == 200
         yield port
         server.stdin.close()
 

@@ -388,13 +388,18 @@ def test_lock_of_a_further_process_is_waited_for(url: str) -> None:
     create(url, overwrite=True).close()
 
 
+@pytest.mark.parametrize("kind", ["bucket", "versioned"])
 def test_stale_locks_are_taken_over_by_one_clock_alone(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    url: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    url = url.replace("bucket", kind)
     create(url).close()
     place = bucket(url)
     for suffix in (".lock", ".lock.1"):
         place.beside.put(place.own_name + suffix, b"host 1 token 7")
+    (listed, *_) = place.beside.list_with_delimiter()["objects"]
+    known = place.beside.head(listed["path"])["version"]
+    assert listed["version"] is None and (known is not None) == (kind == "versioned")
     monkeypatch.setattr(time, "time", lambda: -1e9)
     notes: list[str] = []
     begun = time.monotonic()
@@ -445,6 +450,8 @@ def test_run_that_lost_its_lock_writes_nothing_more(
         ("s3://bucket/r.zarr?sig=a-secret-of-theirs", "credentials come from the environment"),
         ("foo://bucket/r.zarr", "cannot be used"),
         ("memory:///r.zarr", "names no folder"),
+        ("s3://[bucket/r.zarr", "no URL that can be used"),
+        ("s3://bucket:99999/r.zarr", "cannot be used"),
     ],
 )
 def test_urls_that_cannot_be_used_get_one_line(command, out: str, says: str) -> None:  # noqa: F811

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from elm_lanczos import run as runs
 from elm_lanczos.config import RunConfig
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.linearization import Linearization, Together
@@ -17,6 +18,7 @@ from elm_lanczos.model import DetachedModel
 from elm_lanczos.prompts import Prompt
 from elm_lanczos.run import Job, batches, run
 from elm_lanczos.store import open_results
+from elm_lanczos.svd.plan import make_plan
 from elm_lanczos.verify import verify
 from tests.test_distributed import started
 from tests.test_run import Listener, assert_same_bits, options
@@ -58,6 +60,7 @@ def test_who_is_solved_with_whom() -> None:
     assert batches(a_job([5, 5], generate=2)) == [[0], [1]]
     assert batches(a_job([5, 5], positions="0,-1")) == [[0], [1]]
     assert batches(a_job([5, 5], positions="-1")) == [[0, 1]]
+    assert batches(a_job([5, 5], method="lanczos")) == [[0], [1]]
 
 
 def test_the_sum_of_systems_has_the_jacobians_of_each(
@@ -77,7 +80,7 @@ def test_the_sum_of_systems_has_the_jacobians_of_each(
     assert (sum_.jvp(V) - straight).norm() <= 1e-5 * straight.norm()
 
 
-@pytest.mark.parametrize("given", [{"method": "stream"}, {"method": "lanczos", "tokens": "last:2"}])
+@pytest.mark.parametrize("given", [{"method": "stream"}, {"method": "dense", "tokens": "last:2"}])
 def test_prompts_have_the_results_that_they_have_alone(
     tiny_folder: Path, prompt_file: Path, texts: list[str], tmp_path: Path, given: dict[str, str]
 ) -> None:
@@ -132,7 +135,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
     undisturbed, out = tmp_path / "u.zarr", tmp_path / "r.zarr"
-    given: dict[str, Any] = {"seq_file": str(prompt_file), "method": "lanczos", "k": 2}
+    given: dict[str, Any] = {"seq_file": str(prompt_file), "method": "stream", "batch": 4}
     whole = Listener()
     run(options(tiny_folder, undisturbed, **given), whole)
     stops = 0
@@ -143,6 +146,53 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
             stops += 1
     assert stops == 3
     assert_same_bits(undisturbed, out)
+
+
+def test_finished_prompts_of_a_batch_are_left_as_they_are(
+    tiny_folder: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.zarr"
+    given: dict[str, Any] = {"seq_file": str(prompt_file), "method": "stream", "batch": 4}
+    finish, ends = runs._finish, Stopping(1)
+
+    def finish_one(*given: Any) -> None:
+        ends.passes(0)
+        finish(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(runs, "_finish", finish_one)
+        run(options(tiny_folder, out, **given), Listener())
+    first = (out / "prompts/000000/zarr.json").read_bytes()
+    done = [prompt.attrs.get("finished") for prompt in open_results(out)]
+    assert done == [True, None, None]  # the first of a batch of three, all of whose rows are done
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(runs, "_finish", lambda *_: Stopping(0).passes(0))
+        run(options(tiny_folder, out, **given), Listener(), resume=True)
+    assert not verify(out, load=None).faults
+    run(options(tiny_folder, out, **given), Listener(), resume=True)
+    assert (out / "prompts/000000/zarr.json").read_bytes() == first
+    assert not verify(out, load=None).faults
+
+
+def test_prompts_that_do_not_fit_together_are_solved_alone(
+    tiny_folder: Path, texts: list[str], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "two.txt", tmp_path / "r.zarr"
+    file.write_text("\n".join([texts[0], texts[2]]))
+    given: dict[str, Any] = {"seq_file": str(file), "method": "dense", "batch": 1}
+    run(options(tiny_folder, out, **given), Listener())
+    (both, _), lengths = open_results(out), 2 * [len(open_results(out)[0].tokens)]
+    assert both.plan["prompts"] == [0, 1] and both.plan["svd"]["panel"] == sum(lengths)
+    memory = both.plan["svd"]["memory"]
+    scarce = next(
+        size
+        for size in (memory // 2**n for n in range(1, 40))
+        if make_plan(sum(lengths), 32, 32, torch.float32, 4, "dense", memory=size).panel
+        < sum(lengths)
+    )
+    run(options(tiny_folder, out, **given, memory=scarce), Listener(), overwrite=True)
+    assert [prompt.plan.get("prompts") for prompt in open_results(out)] == [None, None]
+    run(options(tiny_folder, out, **given, memory=scarce), Listener(), resume=True)
 
 
 def test_a_prompt_that_is_lost_is_computed_again_with_the_others(

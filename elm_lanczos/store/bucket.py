@@ -87,7 +87,7 @@ class Bucket(Place):
     def _connected(self, url: URL) -> Any:
         try:
             return from_url(str(url), retry_config=RETRY)
-        except _FAILURES as error:
+        except (*_FAILURES, ValueError) as error:
             raise StoreError(f"{self.path} cannot be used: {_reason(error)}") from error
 
     def read(self, name: str) -> bytes | None:
@@ -125,9 +125,11 @@ class Bucket(Place):
         self.there.clear()
         own = [name] if name and self.is_file(name) else []
         with self.asking("write"):
-            below = [entry["path"] for page in self._objects.list(name or None) for entry in page]
-            if own or below:
-                self._objects.delete([*own, *below])
+            pages = [[entry["path"] for entry in page] for page in self._objects.list(name or None)]
+            for keys in [own, *pages]:
+                self.check_lock()
+                if keys:
+                    self._objects.delete(keys)
 
     def prepare(self) -> None:
         """Nothing is to be made, and killed uploads are not there."""
@@ -262,7 +264,7 @@ class BucketLock:
                 f"{PATIENCE:.0f} s"
             )
             self._watch(left)
-        begun = time.monotonic()
+        begun = _now()
         try:
             self._version = self._put(left.get(self._key, "create"))
         except _TakenError:
@@ -285,7 +287,7 @@ class BucketLock:
         """
         if self._ended.is_set():
             return
-        if time.monotonic() - self._renewed > PATIENCE / 2:
+        if _now() - self._renewed > PATIENCE / 2:
             self._renew()
         if self._lost:
             raise StoreError(
@@ -299,22 +301,26 @@ class BucketLock:
             return
         self._ended.set()
         with self._mutex, suppress(*_FAILURES):  # one that stays behind is taken over
-            if not self._lost and self._holder() == self._token:
+            if not self._lost and self._holder()[0] == self._token:
                 self._bucket.beside.delete(self._key)
 
     def _left(self, main: str) -> dict[str, UpdateVersion]:
         """The versions of the locks that keep this process out, by their names."""
+        numbered = re.compile(rf"{re.escape(main)}\.\d+")
+        left: dict[str, UpdateVersion] = {}
         with self._bucket.asking("read"):
             entries = self._bucket.beside.list_with_delimiter()["objects"]
-        found = {entry["path"].rpartition("/")[2]: _version(entry) for entry in entries}
-        numbered = re.compile(rf"{re.escape(main)}\.\d+")
-        others = [key for key in found if self._key == main and numbered.fullmatch(key)]
-        return {key: found[key] for key in (self._key, *others) if key in found}
+            names = [entry["path"].rpartition("/")[2] for entry in entries]
+            others = [name for name in names if self._key == main and numbered.fullmatch(name)]
+            for key in (self._key, *others):  # a listing tells no versions
+                with suppress(FileNotFoundError):
+                    left[key] = _version(self._bucket.beside.head(key))
+        return left
 
     def _watch(self, left: dict[str, UpdateVersion]) -> None:
         """Wait until it is sure that nobody holds these locks; those given back are taken out."""
-        until = time.monotonic() + PATIENCE
-        while left and time.monotonic() < until:
+        until = _now() + PATIENCE
+        while left and _now() < until:
             time.sleep(BEAT / 5)
             for key, version in list(left.items()):
                 with self._bucket.asking("read"):
@@ -335,21 +341,23 @@ class BucketLock:
                 return _version(self._bucket.beside.put(self._key, body, mode=mode))
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 # a request that was repeated may have met its own first success
-                if self._holder() != self._token:
+                token, version = self._holder()
+                if token != self._token or version is None:
                     raise _TakenError from None
-                return _version(self._bucket.beside.head(self._key))
+                return version
 
-    def _holder(self) -> str | None:
-        """The token of the process that holds the lock."""
+    def _holder(self) -> tuple[str | None, UpdateVersion | None]:
+        """The token of the process that holds the lock, and the version that says so."""
         try:
-            body = bytes(self._bucket.beside.get(self._key).bytes())
+            found = self._bucket.beside.get(self._key)
         except FileNotFoundError:
-            return None
-        return body.decode(errors="replace").rpartition(" ")[0]
+            return None, None
+        body = bytes(found.bytes())
+        return body.decode(errors="replace").rpartition(" ")[0], _version(found.meta)
 
     def _renew(self) -> None:
         with self._mutex:
-            begun = time.monotonic()
+            begun = _now()
             if not (self._lost or self._ended.is_set()):
                 try:
                     self._version = self._put(self._version)
@@ -365,6 +373,14 @@ class BucketLock:
 
 class _TakenError(Exception):
     """Another process holds the lock."""
+
+
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+def _now() -> float:
+    """Seconds of this machine's own clock, which goes on while it sleeps where that is counted."""
+    return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
 
 
 def _version(entry: Any) -> UpdateVersion:

@@ -166,9 +166,12 @@ def place_at(path: str | Address, *, read_only: bool = True) -> Place:
 
     if isinstance(path, Path) or not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(path)):
         return Folder(Path(str(path)), read_only=read_only)
-    scheme = urlsplit(str(path)).scheme
-    if scheme == "file":
-        return Folder(Path(unquote(urlsplit(str(path)).path)), read_only=read_only)
+    try:
+        url = urlsplit(str(path))
+    except ValueError as error:
+        raise StoreError(f"--out is no URL that can be used: {error}") from error
+    if url.scheme == "file":
+        return Folder(Path(unquote(url.path)), read_only=read_only)
     from elm_lanczos.store.bucket import Bucket
 
     return Bucket(str(path), read_only=read_only)

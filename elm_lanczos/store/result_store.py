@@ -138,16 +138,19 @@ class ResultStore:
                 the first field that does, with both values.
         """
         self._lock = self._lock or self._place.lock(0, note)
-        found = first_difference(self.attrs["fingerprint"], to_json(fingerprint))
-        if found is not None:
+        try:
+            found = first_difference(self.attrs["fingerprint"], to_json(fingerprint))
+            if found is not None:
+                field, stored, given = found
+                raise StoreError(
+                    f"{self.path} cannot be continued: {field} was {stored!r} and is {given!r} "
+                    "now; use the same options, or start again with --overwrite"
+                )
+            with self._place.writing():
+                self._place.prepare()
+        except BaseException:
             self.close()
-            field, stored, given = found
-            raise StoreError(
-                f"{self.path} cannot be continued: {field} was {stored!r} and is {given!r} now; "
-                "use the same options, or start again with --overwrite"
-            )
-        with self._place.writing():
-            self._place.prepare()
+            raise
 
     def __enter__(self) -> Self:
         """Give the store itself."""

@@ -289,10 +289,10 @@ class BlockKrylov:
         if L + width <= basis:
             return
         kept = max(self.plan.k, min(basis // 2, basis - width))
-        turn = self._rotation[:, :kept].to(self._V)
+        turn = self._rotation[:, :kept].to(self._V)  # of m rows at most
         for held in self._bases:
-            held[:, :kept] = turn @ held[:, :L]
-        self._size = kept
+            held[:, : turn.shape[1]] = turn @ held[:, :L]
+        self._size = turn.shape[1]
         self.restarts += 1
 
     def _rayleigh_ritz(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from elm_lanczos.operators import StackedOperators, TokenOperators
 from elm_lanczos.status import Status
 from elm_lanczos.svd import svd
+from elm_lanczos.svd.block_krylov import BlockKrylov
 from elm_lanczos.svd.plan import make_plan
 from tests.spectra import DTYPES, ExplicitChain, check_triplets, powers, solve_with, with_spectrum
 
@@ -48,6 +49,35 @@ def test_full_basis_restarts_thickly(dtype: torch.dtype) -> None:
     assert result.n_restarts.item() > 0
     assert result.converged.all()
     check_triplets(result, matrix[None])
+
+
+class Noisy(StackedOperators):
+    """Products that are never twice the same, so that nothing converges."""
+
+    def _noisy(self, product: torch.Tensor) -> torch.Tensor:
+        return product + 1e-3 * torch.randn_like(product)
+
+    def matvec(self, V: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return self._noisy(super().matvec(V, index))
+
+    def rmatvec(self, U: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return self._noisy(super().rmatvec(U, index))
+
+    def rows(self, Y: torch.Tensor) -> torch.Tensor:
+        return self._noisy(super().rows(Y))
+
+
+def test_wide_operators_restart_with_as_many_vectors_as_they_have_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    restarts, result = [], BlockKrylov.result
+    monkeypatch.setattr(
+        BlockKrylov, "result", lambda self, n: restarts.append(self.restarts) or result(self, n)
+    )
+    batch = Noisy(with_spectrum(powers(-0.1, 8), 8, 300, torch.float32)[None])
+    plan = make_plan(*batch.shape, torch.float32, 4, "stream")
+    found = svd(batch, 4, plan=replace(plan, basis=20))
+    assert restarts[0] > 0 and not found.converged.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
