@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from elm_lanczos.model import DetachedModel
 from elm_lanczos.prompts import Prompt
 from elm_lanczos.run import Job, batches, run
 from elm_lanczos.store import open_results
-from elm_lanczos.svd.plan import make_plan
+from elm_lanczos.svd.plan import Plan
 from elm_lanczos.verify import verify
 from tests.test_distributed import started
 from tests.test_run import Listener, assert_same_bits, options
@@ -175,24 +176,28 @@ def test_finished_prompts_of_a_batch_are_left_as_they_are(
 
 
 def test_prompts_that_do_not_fit_together_are_solved_alone(
-    tiny_folder: Path, texts: list[str], tmp_path: Path
+    tiny_folder: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, out = tmp_path / "two.txt", tmp_path / "r.zarr"
     file.write_text("\n".join([texts[0], texts[2]]))
-    given: dict[str, Any] = {"seq_file": str(file), "method": "dense", "batch": 1}
+    given: dict[str, Any] = {"seq_file": str(file), "method": "stream"}
     run(options(tiny_folder, out, **given), Listener())
-    (both, _), lengths = open_results(out), 2 * [len(open_results(out)[0].tokens)]
-    assert both.plan["prompts"] == [0, 1] and both.plan["svd"]["panel"] == sum(lengths)
-    memory = both.plan["svd"]["memory"]
-    scarce = next(
-        size
-        for size in (memory // 2**n for n in range(1, 40))
-        if make_plan(sum(lengths), 32, 32, torch.float32, 4, "dense", memory=size).panel
-        < sum(lengths)
-    )
-    run(options(tiny_folder, out, **given, memory=scarce), Listener(), overwrite=True)
+    (first, _) = open_results(out)
+    assert first.plan["prompts"] == [0, 1] and first.plan["svd"]["panel"] == 2 * len(first.tokens)
+    make_plan = runs._plan
+
+    def scarce(batch: Any, *given: Any) -> Plan:
+        plan = make_plan(batch, *given)
+        return replace(plan, panel=min(plan.panel, len(first.tokens)))
+
+    monkeypatch.setattr(runs, "_plan", scarce)
+    run(options(tiny_folder, out, **given), Listener(), overwrite=True)
     assert [prompt.plan.get("prompts") for prompt in open_results(out)] == [None, None]
-    run(options(tiny_folder, out, **given, memory=scarce), Listener(), resume=True)
+    before = [prompt.S.tobytes() for prompt in open_results(out)]
+    (out / "prompts/000001/S/c.0.0").unlink()
+    monkeypatch.setattr(runs, "_plan", make_plan)  # the run that is continued is what counts
+    run(options(tiny_folder, out, **given), Listener(), resume=True)
+    assert [prompt.S.tobytes() for prompt in open_results(out)] == before
 
 
 def test_a_prompt_that_is_lost_is_computed_again_with_the_others(
