@@ -68,7 +68,7 @@ def seconds(texts: list[str], k: int, together: int, folder: Path) -> float:
     """
     file = folder / "prompts.txt"
     file.write_text("\n".join(texts))
-    config = RunConfig(seq_file=str(file), k=k, out=str(folder / "r.zarr"), memory="2GiB")  # type: ignore[arg-type]
+    config = RunConfig(seq_file=str(file), k=k, out=str(folder / "r.zarr"), memory=2**31)
     job = runs.prepare(config, runs.prompts_of(config), _Silent())
     begun = time.perf_counter()
     with (

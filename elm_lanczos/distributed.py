@@ -44,7 +44,6 @@ from elm_lanczos.run import (
     chain_options,
     check_destination,
     forget_damaged,
-    groups_of,
     open_store,
     outcome,
     prepare,
@@ -54,10 +53,10 @@ from elm_lanczos.run import (
     solve_all,
     solve_batch,
     token_operators,
+    unfinished,
 )
 from elm_lanczos.store import ResultStore
 from elm_lanczos.store.attributes import first_difference, to_json
-from elm_lanczos.store.faults import FINISHED
 
 _JOINING = timedelta(minutes=5)
 _PATIENCE = timedelta(hours=2)
@@ -115,7 +114,7 @@ def run(
                 left = [
                     batch
                     for batch in batches(job)
-                    if any(_unfinished(store, job, number) for number in batch)
+                    if any(unfinished(store, job, number) for number in batch)
                 ]
                 left.sort(key=lambda batch: -sum(len(job.ids[number]) for number in batch))
                 processes.tell("work", {"path": str(store.path), "left": left})
@@ -144,14 +143,6 @@ def _agree(stored: Any, job: Job) -> None:
     if found is not None:
         field, theirs, ours = found
         raise StoreError(f"{field} is {ours!r} here and {theirs!r} in the first process")
-
-
-def _unfinished(store: ResultStore, job: Job, number: int) -> bool:
-    groups = groups_of(store, number)
-    return any(
-        position not in groups or not groups[position].attrs.get(FINISHED)
-        for position in job.positions(number)
-    )
 
 
 def _compute(

@@ -7,7 +7,7 @@ With `F` the frozen decoder (see `frozen_decoder`), `y = F(x)`, and J its deriva
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from elm_lanczos.chain import is_linear
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.freezing import Tape, linear
 from elm_lanczos.frozen_decoder import FrozenDecoder
-from elm_lanczos.model import DetachedModel, Prediction
+from elm_lanczos.model import Prediction
 
 if TYPE_CHECKING:
     from elm_lanczos.operators import JointOperator, TokenOperator
@@ -40,50 +40,19 @@ class Linearization:
     """The linear system `y = Σ J_i x_i + c` of one prompt at one output position.
 
     Args:
+        decoder: the frozen decoder at this prompt, and perhaps others of its length: products of
+            this system go through it with zeros for them.
+        number: which of them this is.
+
+    Attributes:
         model: the model.
         inputs: (T, d), the input embeddings.
         position: the position whose final hidden state is the output.
+        output: (m,), that hidden state.
         ids: (T,), the token ids the embeddings came from, if any.
-        **options: see `FrozenDecoder`.
-
-    Attributes:
-        decoder: the frozen decoder at this prompt, and perhaps others of its length.
-        number: which of them this is.
-
-    Raises:
-        UnsupportedModelError: if the decoder is not affine once frozen; the message names the
-            module.
-        ModelError: if the forward pass gives values that are not finite.
     """
 
-    def __init__(
-        self,
-        model: DetachedModel,
-        inputs: Tensor,
-        position: int = -1,
-        *,
-        ids: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        given = None if ids is None else ids[None]
-        self._become(FrozenDecoder(model, inputs[None], position, ids=given, **options), 0)
-
-    @classmethod
-    def of(cls, decoder: FrozenDecoder, number: int) -> Linearization:
-        """Returns the system of one prompt of a frozen decoder.
-
-        Args:
-            decoder: the frozen decoder at several prompts.
-            number: which of them.
-
-        Returns:
-            The system; its products go through the decoder with zeros for the other prompts.
-        """
-        lin = cls.__new__(cls)
-        lin._become(decoder, number)
-        return lin
-
-    def _become(self, decoder: FrozenDecoder, number: int) -> None:
+    def __init__(self, decoder: FrozenDecoder, number: int = 0) -> None:
         self.decoder, self.number = decoder, number
         self.model, self.position = decoder.model, decoder.position
         self.inputs, self.output = decoder.inputs[number], decoder.outputs[number]
@@ -91,7 +60,6 @@ class Linearization:
         self.block, self.memory, self.keep = decoder.block, decoder.memory, decoder.keep
         self.narrowed, self.not_a_chain = decoder.narrowed, decoder.not_a_chain
         self.segments, self.footprint = decoder.segments, decoder.footprint
-        self._alone = len(decoder.inputs) == 1
 
     def __repr__(self) -> str:
         """Returns one line with the shapes of the system."""
@@ -147,7 +115,7 @@ class Linearization:
 
     def _among(self, X: Tensor) -> Tensor:
         """Vectors (b, ...) of this prompt as (b, B, ...), zero for the others."""
-        if self._alone:
+        if len(self.decoder.inputs) == 1:
             return X[:, None]
         every = X.new_zeros(len(X), len(self.decoder.inputs), *X.shape[1:])
         every[:, self.number] = X

@@ -395,7 +395,7 @@ class DetachedModel:
         Args:
             prompt: text, token ids (T,), or input embeddings (T, d).
             position: the position whose final hidden state `y` is the output.
-            **options: `block`, `memory` and `keep` of `Linearization`.
+            **options: `block`, `memory` and `keep` of `FrozenDecoder`.
 
         Returns:
             The linear system at this input.
@@ -405,6 +405,7 @@ class DetachedModel:
                 names the module.
             UsageError: if the prompt or position cannot be used.
         """
+        from elm_lanczos.frozen_decoder import FrozenDecoder
         from elm_lanczos.linearization import Linearization
 
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
@@ -417,11 +418,11 @@ class DetachedModel:
         if not -ids.shape[0] <= position < ids.shape[0]:
             raise UsageError(f"position {position} is outside the {ids.shape[0]} tokens")
         if embeddings is None:
-            return Linearization(self, self.embed(ids), position, ids=ids, **options)
+            return self.linearize_together([ids], position, **options)[0]
         if embeddings.shape[1] != self.hidden_size:
             raise UsageError(f"embeddings have width {embeddings.shape[1]}, not {self.hidden_size}")
         embeddings = embeddings.to(self.device, self.compute_dtype)
-        return Linearization(self, embeddings, position, **options)
+        return Linearization(FrozenDecoder(self, embeddings[None], position, **options))
 
     def linearize_together(
         self, prompts: Sequence[Tensor], position: int = -1, **options: Any
@@ -450,7 +451,7 @@ class DetachedModel:
         inputs = torch.stack([self.embed(ids) for ids in prompts])
         ids = torch.stack(list(prompts))
         decoder = FrozenDecoder(self, inputs, position, ids=ids, **options)
-        return [Linearization.of(decoder, number) for number in range(len(prompts))]
+        return [Linearization(decoder, number) for number in range(len(prompts))]
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:

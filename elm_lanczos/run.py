@@ -527,12 +527,12 @@ def solve_batch(
     """
     options: dict[str, Any] = {"hint": hint, "operators": operators}
     if len(numbers) > 1:
-        groups = [groups_of(store, number) for number in numbers]
-        predictions = [_prediction(job, number, job.ids[number]) for number in numbers]
-        if all(_is_finished(mine, predictions[0].position) for mine in groups):
+        if not any(unfinished(store, job, number) for number in numbers):
             for number in numbers:
                 show_prompt(store, job, number, observer)
             return
+        groups = [groups_of(store, number) for number in numbers]
+        predictions = [_prediction(job, number, job.ids[number]) for number in numbers]
         with suppress(_NotTogetherError):
             _solve(store, job, predictions, groups, observer, **options)
             return
@@ -542,6 +542,21 @@ def solve_batch(
 
 class _NotTogetherError(Exception):
     """Prompts cannot go through the model together."""
+
+
+def unfinished(store: ResultStore, job: Job, number: int) -> list[int]:
+    """Returns the output positions of a prompt that are still to be solved.
+
+    Args:
+        store: the store.
+        job: the run.
+        number: the number of the prompt, from 0.
+
+    Returns:
+        The positions, none where the prompt is finished.
+    """
+    groups = groups_of(store, number)
+    return [p for p in job.positions(number) if not _is_finished(groups, p)]
 
 
 def _is_finished(groups: Mapping[int, PromptGroup], position: int) -> bool:
@@ -560,7 +575,7 @@ def _solve_prompt(
     """Solves the systems of all output positions of one prompt, those of generated tokens too."""
     groups = groups_of(store, number)
     positions = job.positions(number)
-    missing = [p for p in positions if not _is_finished(groups, p)]
+    missing = unfinished(store, job, number)
     full = job.ids[number]
     if missing:
         full = job.model.generate(full, max(0, max(missing) + 1 - len(full)))

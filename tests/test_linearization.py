@@ -137,7 +137,7 @@ def test_recording_an_unknown_operation_as_a_coefficient_is_caught_by_the_leak()
     hf.model.layers[1].mlp.down_proj = torch.nn.Sequential(hf.model.layers[1].mlp.down_proj, Sinc())
     model = DetachedModel(hf)
     rules = RULES | {"sinc": lambda mode, func, args, kwargs: mode.freeze(func(*args, **kwargs))}
-    certificate = Linearization(model, model.embed(PROMPT), rules=rules).certificate()
+    certificate = model.linearize(model.embed(PROMPT), rules=rules).certificate()
     assert certificate.reconstruction <= 1e-13  # the broken rule looks perfect …
     assert certificate.fidelity <= 1e-6
     assert certificate.leak > 1e-3  # … but for the leak

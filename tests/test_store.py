@@ -99,7 +99,7 @@ def check_done_rows(path: str | Path) -> int:
     """Compare every row marked done with what was to be written; returns their number."""
     count = 0
     for result, header in zip(open_results(path), HEADERS, strict=False):
-        group = PromptGroup(result._place, result.name)  # type: ignore[arg-type]
+        group = PromptGroup(result._place, result.name)
         for owner, tokens in enumerate(owner_ranges(len(header.token_ids))):
             rows, selected = make_rows(group, owner), slice(tokens.start, tokens.stop)
             done = result.done[selected] & (rows["status"] != Status.NOT_REQUESTED)

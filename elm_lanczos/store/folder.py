@@ -62,17 +62,7 @@ class Folder(Place):
         self.zarr = DurableStore(path, read_only=read_only)
 
     def read(self, name: str) -> bytes | None:
-        """Read a file.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            Its bytes; None if there is no file.
-
-        Raises:
-            DamagedError: It cannot be read.
-        """
+        """Read a file; see `Place.read`."""
         path = self.path / name
         try:
             return path.read_bytes()
@@ -90,17 +80,7 @@ class Folder(Place):
         return (self.path / name).is_dir()
 
     def names(self, name: str) -> list[str]:
-        """List a folder.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            The names of what lies directly in it, but for temporary files.
-
-        Raises:
-            DamagedError: It cannot be read.
-        """
+        """List a folder; see `Place.names`."""
         folder = self.path / name
         if not folder.is_dir():
             return []

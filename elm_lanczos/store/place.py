@@ -79,7 +79,7 @@ class Place(ABC):
             Its bytes; None if there is no file.
 
         Raises:
-            StoreError: It cannot be read.
+            StoreError: It cannot be read; a DamagedError if it, and not a server, is to blame.
         """
 
     @abstractmethod
