@@ -43,6 +43,13 @@ class ModelConfig(BaseModel):
     allow_pickle: bool = Field(False, description="load weights that are not safetensors")
 
 
+class AnalysisConfig(ModelConfig):
+    """What the verbs of analysis share: a model, an output position and memory."""
+
+    position: StrictInt = Field(-1, description="output position; -1 is the last")
+    memory: ByteSize | None = Field(None, ge=1, description="bytes to work within, as in 8GiB")
+
+
 class RunConfig(ModelConfig):
     """Everything that decides what `elm-lanczos run` computes and where it goes.
 

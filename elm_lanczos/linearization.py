@@ -30,10 +30,20 @@ class Readout:
     Attributes:
         cotangent: (m,).
         constant: what does not come from y, such as the unembedding's bias.
+        value: the logit that the model's own head gives at the output.
     """
 
     cotangent: Tensor
     constant: float
+    value: float
+
+    def __sub__(self, other: Readout) -> Readout:
+        """Returns the functional of a difference of two logits."""
+        return Readout(
+            self.cotangent - other.cotangent,
+            self.constant - other.constant,
+            self.value - other.value,
+        )
 
 
 class Linearization:
@@ -70,6 +80,18 @@ class Linearization:
     def shape(self) -> tuple[int, int, int]:
         """(T, m, d): number of tokens, width of the output, width of an input embedding."""
         return (self.inputs.shape[0], self.output.shape[0], self.inputs.shape[1])
+
+    @property
+    def tokens(self) -> list[str]:
+        """The T input tokens as text; their places where embeddings were given."""
+        if self.ids is None:
+            return [f"x{i}" for i in range(len(self.inputs))]
+        return self.model.token_strings(self.ids)
+
+    @property
+    def text(self) -> str:
+        """The prompt as text, without special tokens; empty where embeddings were given."""
+        return "" if self.ids is None else self.model.text(self.ids)
 
     @property
     def precision(self) -> str:
@@ -178,7 +200,7 @@ class Linearization:
         with torch.no_grad(), self.model.frozen():
             tape = Tape()
             with self.decoder.freezing("the head", record=tape):
-                head(linear(self.output))
+                value = head(linear(self.output))
 
             def replayed(y: Tensor) -> Tensor:
                 with self.decoder.freezing("the head", replay=tape):
@@ -186,7 +208,7 @@ class Linearization:
 
             constant, pull_back = torch.func.vjp(replayed, torch.zeros_like(self.output))[:2]
             (cotangent,) = pull_back(torch.ones_like(constant))
-        return Readout(cotangent, float(constant))
+        return Readout(cotangent, float(constant), float(value))
 
     def certificate(self, seed: int = 0) -> Certificate:
         """Measures how exactly the linear system reproduces the model (see `Certificate`).

@@ -246,6 +246,37 @@ class DetachedModel:
         """Returns the text of each token id by itself (`<id>` where there is no tokenizer)."""
         return token_strings(self.tokenizer, ids)
 
+    def token_id(self, token: str) -> int:
+        """Returns the id of one token given as text.
+
+        Args:
+            token: its text, with the space before it if it has one, or `id:N`. Where only the text
+                with a space before it is a token, that one is meant.
+
+        Returns:
+            The id.
+
+        Raises:
+            UsageError: if it is no single token; the message says which tokens it is.
+        """
+        vocabulary = self.embedding.weight.shape[0]
+        number = token.removeprefix("id:")
+        if token.startswith("id:") and number.isdecimal():
+            if int(number) >= vocabulary:
+                raise UsageError(f"token {token}: ids are 0 … {vocabulary - 1}")
+            return int(number)
+        if self.tokenizer is None:
+            raise UsageError(f"{self.name} has no tokenizer: give tokens as id:N")
+        pieces: list[int] = []
+        for text in (token, f" {token}"):
+            pieces = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(pieces) == 1:
+                return int(pieces[0])
+        raise UsageError(
+            f"token {token!r} is {len(pieces)} tokens here, {self.token_strings(pieces)}: give one "
+            "of them, or id:N"
+        )
+
     def text(self, ids: Any) -> str:
         """Returns the text that token ids (T,) stand for, without special tokens."""
         if self.tokenizer is None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elm_lanczos.analysis import attribute
+from elm_lanczos.analysis.attribution import shares_of
 from elm_lanczos.certificate import Certificate
 from elm_lanczos.config import (
     ModelConfig,
@@ -900,7 +900,7 @@ def _write_outputs(
     logits = lin.prediction.logits.double()
     log_probabilities = torch.log_softmax(logits, -1)
     best = logits.topk(min(RUNNERS_UP, len(logits))).indices
-    shares = attribute(lin, int(best[0]))
+    shares, logit = shares_of(lin, lin.readout(int(best[0]))), float(logits[best[0]])
     words = model.token_strings(best)
     group.write_outputs(
         output=_numpy(lin.output),
@@ -918,11 +918,11 @@ def _write_outputs(
                 for i, word in zip(best.tolist(), words, strict=True)
             ],
             "attribution": {
-                "target": shares.target,
-                "logit": shares.logit,
+                "target": int(best[0]),
+                "logit": logit,
                 "constant": shares.constant,
                 "bias": shares.bias,
-                "error": shares.error,
+                "error": abs(shares.total - logit) / max(abs(logit), 1.0),
             },
         },
     )

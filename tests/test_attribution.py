@@ -19,7 +19,8 @@ def test_shares_sum_to_the_logit(family: str) -> None:
     lin = detached_model(family).linearize(PROMPT)
     for target in (None, 5):
         result = attribute(lin, target)
-        assert result.error <= 1e-6  # the model's own float32 norms; the sum itself is exact:
+        assert result.error <= 1e-12
+        assert abs(result.logit - result.model_logit) <= 1e-6  # the model's own float32 norms
         weight = lin.model.unembedding.weight[result.target].detach()
         logit = weight @ lin.output
         cap = getattr(lin.model.hf_model.config, "final_logit_softcapping", None)
@@ -28,7 +29,7 @@ def test_shares_sum_to_the_logit(family: str) -> None:
         weight = weight * capped / logit
     J = lin.vjp(torch.eye(32, dtype=torch.float64))
     shares = torch.einsum("m,mtd,td->t", weight, J, lin.inputs)
-    assert torch.allclose(result.tokens, shares, atol=1e-12)
+    assert torch.allclose(result.shares, shares, atol=1e-12)
 
 
 def test_final_soft_cap_enters_as_a_frozen_factor() -> None:

@@ -1,5 +1,6 @@
-"""What the linear system says: analyses that use a `Linearization` and its triplets."""
+"""What the linear system says: analyses of prompts, each of which returns an `Analysis`."""
 
 from elm_lanczos.analysis.attribution import Attribution, attribute
+from elm_lanczos.analysis.result import Analysis
 
-__all__ = ["Attribution", "attribute"]
+__all__ = ["Analysis", "Attribution", "attribute"]

@@ -1,0 +1,111 @@
+"""Results of analyses in a terminal and in a notebook: their table and the facts beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from elm_lanczos.analysis.result import Analysis
+from elm_lanczos.report.text import printable, token_text
+
+ROWS = 60
+"""Rows of a table that are shown, from both ends; files and `to_dataframe` have all."""
+
+
+def render(result: Analysis, width: int = 100) -> RenderableType:
+    """Returns a result as a table with the facts beside it.
+
+    Args:
+        result: what was found.
+        width: columns of the terminal.
+
+    Returns:
+        Something rich can print.
+    """
+    rows, left_out = _shown(result)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in result.to_dataframe().columns:
+        numbers = all(not isinstance(row[name], (str, list)) for row in rows)
+        table.add_column(
+            name.replace("_", " "),
+            justify="right" if numbers else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+    for row in rows:
+        table.add_row(*(Text(_cell(name, value)) for name, value in row.items()))
+    parts: list[RenderableType] = [Text(_short(result.title), style="bold"), table]
+    if left_out:
+        parts.append(Text(f"… and {left_out} more rows in between", style="dim"))
+    parts += [Text(printable(fact)) for fact in result.facts]
+    parts += [Text(f"! {printable(doubt)}", style="bold yellow") for doubt in result.doubts]
+    return Group(*parts)
+
+
+def to_html(result: Analysis) -> str:
+    """Returns a result as a piece of HTML: its figure, its table and its facts, all escaped."""
+    rows, left_out = _shown(result)
+    names = list(result.to_dataframe().columns)
+    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(_cell(name, row[name]))}</td>" for name in names) + "</tr>"
+        for row in rows
+    )
+    facts = [*result.facts, *(f"! {doubt}" for doubt in result.doubts)]
+    facts += [f"… and {left_out} more rows in between"] if left_out else []
+    lines = "".join(f"<p>{escape(printable(fact))}</p>" for fact in facts)
+    return (
+        f"<div><h3>{escape(_short(result.title))}</h3>"
+        f'<img alt="{escape(result.kind)}" src="data:image/png;base64,{_picture(result)}"'
+        f' style="max-width:100%"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table>{lines}</div>"
+    )
+
+
+def to_html_page(result: Analysis) -> str:
+    """Returns a result as an HTML page of its own."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(_short(result.title))}</title>"
+        "<style>body{font-family:system-ui,sans-serif;margin:2em auto;max-width:70em;"
+        "padding:0 1em}table{border-collapse:collapse}td,th{padding:.2em .6em;text-align:left;"
+        f"border-bottom:1px solid #8884}}</style></head><body>{to_html(result)}</body></html>\n"
+    )
+
+
+def _picture(result: Analysis) -> str:
+    """The figure as base64 of a PNG."""
+    from elm_lanczos.report.figures.style import save_figure
+
+    file = io.BytesIO()
+    save_figure(result.plot(), file)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _shown(result: Analysis) -> tuple[list[dict[str, Any]], int]:
+    """The rows that are shown, and how many are left out."""
+    rows: list[dict[str, Any]] = result.to_dataframe().to_dict(orient="records")
+    left_out = max(0, len(rows) - ROWS)
+    return (rows[: ROWS // 2] + rows[-ROWS // 2 :] if left_out else rows), left_out
+
+
+def _cell(name: str, value: Any) -> str:
+    """A value as text that is safe to show."""
+    if isinstance(value, list):
+        return "  ".join(printable(str(word).strip()) or token_text(str(word)) for word in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return token_text(value) if name == "token" else printable(str(value))
+
+
+def _short(text: str, length: int = 300) -> str:
+    text = printable(text)
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"

@@ -1,0 +1,1 @@
+"""Figures by matplotlib, one module per subject, each with a function `draw`."""
