@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,9 @@ class DetachedModel:
     """A causal language model that can be rewritten exactly as a linear system for each prompt.
 
     Args:
-        hf_model: a causal language model of transformers, already loaded. It is left as it was.
+        hf_model: a causal language model of transformers, already loaded. It is left as it was. Of
+            other tools it is the model they hold: `bridge.original_model` of TransformerLens,
+            `_model` (since 0.8 `_module`) of nnsight's.
         tokenizer: its tokenizer; without one, prompts are given as ids or embeddings.
         compute_dtype: dtype the linear system is computed in, whatever dtype the weights are stored
             in. Default: float32, or float64 for a float64 model; never below the storage dtype.
@@ -95,7 +97,7 @@ class DetachedModel:
         if gate not in ("frozen", "up"):
             raise UsageError(f"gate is 'frozen' or 'up', not {gate!r}")
         self.gate = gate
-        self.hf_model = hf_model
+        self.hf_model = hf_model = without_bridge(hf_model)
         self.tokenizer = tokenizer
         self.decoder = find_decoder(hf_model)
         self.layers = find_layers(self.decoder)
@@ -734,6 +736,37 @@ def last_hidden_state(output: Any) -> Tensor:
     """Returns the final hidden states (1, T, m) of a decoder's output."""
     state = getattr(output, "last_hidden_state", None)
     return state if state is not None else output[0]
+
+
+def without_bridge(hf_model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model without the components that TransformerLens' bridge has put around its own.
+
+    Args:
+        hf_model: any model, such as a bridge's `original_model`.
+
+    Returns:
+        The model itself if nothing is around its modules; else one with the same weights, of its
+        own modules alone. The bridge stays as it is.
+    """
+    if not any(_inner(module) is not module for module in hf_model.modules()):
+        return hf_model
+    copies: dict[nn.Module, nn.Module] = {}
+
+    def bare(module: nn.Module) -> nn.Module:
+        module = _inner(module)
+        if module not in copies:
+            copies[module] = copy.copy(module)
+            copies[module]._modules = {
+                name: child and bare(child) for name, child in module._modules.items()
+            }
+        return copies[module]
+
+    return cast("PreTrainedModel", bare(hf_model))
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "original_component", None)
+    return _inner(inner) if isinstance(inner, nn.Module) else module
 
 
 def find_decoder(hf_model: PreTrainedModel) -> nn.Module:

@@ -96,7 +96,8 @@ class LinearOperator(ABC):
         """A times a vector or a matrix.
 
         Args:
-            X: (n,) or (n, b), in the operator's dtype and on its device.
+            X: (n,) or (n, b), in the operator's dtype and on its device; arrays of other libraries
+                are taken as they are, through DLPack.
 
         Returns:
             (m,) or (m, b).
@@ -105,7 +106,9 @@ class LinearOperator(ABC):
             ValueError: Where shape, dtype or device do not fit.
         """
         if not isinstance(X, Tensor):
-            raise ValueError(f"an operator multiplies torch tensors, not {type(X).__name__}")
+            if not hasattr(X, "__dlpack__"):
+                raise ValueError(f"an operator multiplies arrays, not {type(X).__name__}")
+            X = torch.from_dlpack(X)
         if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
             n = self.shape[1]
             raise ValueError(f"expected a tensor of shape ({n},) or ({n}, b), got {tuple(X.shape)}")

@@ -27,6 +27,7 @@ ORDER = [
     ["svd"],
     ["decode"],
     ["store"],
+    ["export"],
     ["analysis"],
     ["architectures"],
     ["shared_layer"],

@@ -11,6 +11,7 @@ from elm_lanczos.errors import UsageError
 
 if TYPE_CHECKING:
     from elm_lanczos.report.record import Words
+    from elm_lanczos.store import Results
 
 
 @app.command(epilog="Example:  elm-lanczos show runs/demo.zarr --prompt 2")
@@ -30,18 +31,22 @@ def show(
 
     silence_libraries()
     results = open_results(store)
-    numbers = range(1, len(results) + 1)
-    for number in prompt or ():
-        if number not in numbers:
-            raise UsageError(f"--prompt {number}: {store} has prompts 1 to {len(results)}")
     words = words_of(results.attrs)
     with JsonLines() if json else Terminal() as observer:
         observer.opened(results.path, words)
-        for number in prompt or numbers:
-            result = results[number - 1]
+        for number in chosen_prompts(results, prompt):
+            result = results[number]
             for prediction in (result, *result.positions.values()):
-                observer.started(number - 1, len(results), prediction.text)
+                observer.started(number, len(results), prediction.text)
                 observer.finished(prediction)
+
+
+def chosen_prompts(results: Results, numbers: list[int] | None) -> list[int]:
+    """Returns the indices of prompts that `--prompt` names by numbers from 1; of all without it."""
+    for number in numbers or ():
+        if not 1 <= number <= len(results):
+            raise UsageError(f"--prompt {number}: {results.path} has prompts 1 to {len(results)}")
+    return [number - 1 for number in numbers or range(1, len(results) + 1)]
 
 
 def words_of(attrs: Any) -> Words:

@@ -95,6 +95,22 @@ class Results(Sequence["PromptResult"]):
         """Whether the run has ended: its summary is written."""
         return bool(read_attributes(self._place, SUMMARY))
 
+    def to_datatree(self) -> xarray.DataTree:
+        """Give all prompts and their further positions as one tree of labelled datasets.
+
+        Returns:
+            The tree: `prompts/000000` and so on, and beside it, as it may have more tokens,
+            `prompts/000000_position_0012` for a further position. Arrays are read when used.
+        """
+        import xarray
+
+        groups = {
+            one.name.replace("/position", "_position"): one.to_xarray()
+            for prompt in self
+            for one in (prompt, *prompt.positions.values())
+        }
+        return xarray.DataTree.from_dict(groups)
+
     @property
     def summary(self) -> xarray.Dataset:
         """The flat table over all tokens of all prompts.
