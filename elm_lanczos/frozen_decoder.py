@@ -13,7 +13,7 @@ take longer to be told apart than to be computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -157,7 +157,7 @@ class FrozenDecoder:
     def _map(self, index: int) -> LinearMap:
         if index in self._maps:
             return self._maps[index]
-        result = self._linearized(self.segments[index])
+        result = self.linearized(self.segments[index])
         if self.keep:
             self._maps[index] = result
         return result
@@ -200,10 +200,23 @@ class FrozenDecoder:
                 with self.freezing(segment.name):
                     h = segment.function(linear(h)).detach()
         for segment in reversed(segments):  # linearised one at a time
-            u = self._linearized(segment).vjp(u)
+            u = self.linearized(segment).vjp(u)
         return h, u
 
-    def _linearized(self, segment: Segment) -> LinearMap:
+    def linearized(self, segment: Segment) -> LinearMap:
+        """Linearises a segment at its input.
+
+        Args:
+            segment: one of this decoder's, or a part of one.
+
+        Returns:
+            Its derivative.
+
+        Raises:
+            UnsupportedModelError: if torch cannot differentiate it.
+            RuntimeError: if memory is used up.
+        """
+
         def frozen(h: Tensor) -> Tensor:
             with self.freezing(segment.name):
                 return segment.function(linear(h))
@@ -246,6 +259,22 @@ class FrozenDecoder:
                     g = self._map(index).vjp(g)
                 out[start : start + self.block] = g
         return out
+
+    def pulled_back(self, cotangents: Tensor) -> Iterator[Tensor]:
+        """Pulls cotangents back through the chain, one segment after another.
+
+        Args:
+            cotangents: (b, B, m), of each prompt's output; at most `block` of them.
+
+        Yields:
+            The cotangents at the input of each segment, (b, B, T, d), from the last one to the
+            first.
+        """
+        g = cotangents[:, :, None]
+        for index in reversed(range(len(self.segments))):
+            with torch.no_grad(), self.model.arithmetic():
+                g = self._map(index).vjp(g)
+            yield g
 
     def jvp(self, tangents: Tensor) -> Tensor:
         """Returns `Σ_i J_i v_i` of each prompt: one forward pass per tangent.

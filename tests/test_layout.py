@@ -22,6 +22,7 @@ ORDER = [
     ["chain"],
     ["footprint", "certificate"],
     ["frozen_decoder"],
+    ["layer_parts"],
     ["linearization"],
     ["operators"],
     ["svd"],
