@@ -36,20 +36,21 @@ from elm_lanczos.linearization import Linearization
 from elm_lanczos.operators import OperatorBatch, TokenOperators
 from elm_lanczos.prompts import Prompt
 from elm_lanczos.run import (
-    Job,
-    Observer,
     Outcome,
-    Unshown,
-    batches,
-    chain_options,
     check_destination,
     forget_damaged,
     open_store,
     outcome,
     prepare,
     prompts_of,
+)
+from elm_lanczos.solving import (
+    Job,
+    Observer,
+    Unshown,
+    chain_options,
     resources,
-    show_prompt,
+    show_known,
     solve_all,
     solve_batch,
     token_operators,
@@ -113,7 +114,7 @@ def run(
                 forget_damaged(store, job, observer, processes.beat)
                 left = [
                     batch
-                    for batch in batches(job)
+                    for batch in job.batches
                     if any(unfinished(store, job, number) for number in batch)
                 ]
                 left.sort(key=lambda batch: -sum(len(job.ids[number]) for number in batch))
@@ -341,8 +342,8 @@ def _deal_prompts(
         return number not in open_ or processes.told(f"finished/{number}")
 
     def show() -> None:
-        while processes.rank == 0 and unseen and known(unseen[0]):
-            show_prompt(store, job, unseen.pop(0), observer)
+        if processes.rank == 0:
+            show_known(store, job, unseen, known, observer)
 
     show()
     hint = processes.rank == 0
@@ -508,7 +509,7 @@ class SplitOperators(OperatorBatch):
     """The Jacobians of some tokens of linearised prompts, their blocks dealt to all processes.
 
     Args:
-        lins: the systems (see `run.token_operators`).
+        lins: the systems (see `solving.token_operators`).
         tokens: the tokens.
         rounds: the exchange with the other processes.
     """

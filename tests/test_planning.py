@@ -306,7 +306,7 @@ def test_the_forecast_of_several_prompts_adds_up() -> None:
 def test_run_says_once_that_dense_would_be_faster(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    from elm_lanczos import run as module
+    from elm_lanczos import solving as module
 
     asked: list[str] = []
 
