@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elm_lanczos.config import RunConfig, output_positions
+from elm_lanczos.linearization import Linearization, Together
+from elm_lanczos.operators import TokenOperators
 from elm_lanczos.svd.plan import Plan
 
 TOKENS = 256
@@ -54,3 +56,16 @@ def gains(plan: Plan, operators: int) -> bool:
         False where they do not fit, or what is shared would be done several times.
     """
     return not plan.refusal and plan.panel >= operators and plan.method != "lanczos"
+
+
+def token_operators(lins: Sequence[Linearization], tokens: Sequence[int]) -> TokenOperators:
+    """Returns the Jacobians of some tokens of one prompt, or of several of one length.
+
+    Args:
+        lins: the system of each, all of one frozen decoder.
+        tokens: the tokens, counted through all prompts.
+
+    Returns:
+        The operators.
+    """
+    return TokenOperators(lins[0] if len(lins) == 1 else Together(lins[0].decoder), tokens)

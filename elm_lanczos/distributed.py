@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from elm_lanczos.batches import token_operators
 from elm_lanczos.config import RunConfig
 from elm_lanczos.errors import ElmLanczosError, PeerError, StoreError
 from elm_lanczos.linearization import Linearization
@@ -53,7 +54,6 @@ from elm_lanczos.solving import (
     show_known,
     solve_all,
     solve_batch,
-    token_operators,
     unfinished,
 )
 from elm_lanczos.store import ResultStore
@@ -509,7 +509,7 @@ class SplitOperators(OperatorBatch):
     """The Jacobians of some tokens of linearised prompts, their blocks dealt to all processes.
 
     Args:
-        lins: the systems (see `solving.token_operators`).
+        lins: the systems (see `batches.token_operators`).
         tokens: the tokens.
         rounds: the exchange with the other processes.
     """

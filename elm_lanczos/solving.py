@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from elm_lanczos.batches import batches, gains
+from elm_lanczos.batches import batches, gains, token_operators
 from elm_lanczos.certificate import Certificate
 from elm_lanczos.config import RunConfig, output_positions, select_tokens
 from elm_lanczos.errors import UnsupportedModelError, UsageError
-from elm_lanczos.linearization import Linearization, Together
+from elm_lanczos.linearization import Linearization
 from elm_lanczos.memory import size
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import OperatorBatch, TokenOperators
@@ -135,20 +135,7 @@ class Prediction:
 
 
 Operators = Callable[[Sequence[Linearization], Sequence[int]], OperatorBatch]
-"""Makes the operators of some tokens of linearised prompts (see `token_operators`)."""
-
-
-def token_operators(lins: Sequence[Linearization], tokens: Sequence[int]) -> TokenOperators:
-    """Returns the Jacobians of some tokens of one prompt, or of several of one length.
-
-    Args:
-        lins: the system of each, all of one frozen decoder.
-        tokens: the tokens, counted through all prompts.
-
-    Returns:
-        The operators.
-    """
-    return TokenOperators(lins[0] if len(lins) == 1 else Together(lins[0].decoder), tokens)
+"""Makes the operators of some tokens of linearised prompts (see `batches.token_operators`)."""
 
 
 def solve_all(
