@@ -299,7 +299,7 @@ class _Weights:
         vocabulary = model.embedding.weight.shape[0]
         for many, length in dict.fromkeys((sizes[0], sizes[-1])):
             ids = torch.arange(length) % vocabulary
-            options = {"block": config.batch, "memory": config.memory}
+            options: dict[str, Any] = {"block": config.batch, "memory": config.memory}
             lins = model.linearize_together([ids] * many, **options)
             lin, tokens = lins[0], many * length
             self.timed[tokens] = time_block(token_operators(lins, range(tokens)))

@@ -142,8 +142,8 @@ def finish(group: PromptGroup, certificate: Certificate, seconds: float) -> None
 
 def _orthogonality(vectors: Any) -> float:
     """Largest entry of XᵀX − I over all tokens, for vectors (n, k, ·)."""
-    gram = np.einsum("nkd,njd->nkj", vectors, vectors, dtype=np.float64)
-    return float(np.abs(gram - np.eye(vectors.shape[1])).max())
+    X = torch.from_numpy(np.ascontiguousarray(vectors)).double()
+    return float((X @ X.mT - torch.eye(X.shape[1])).abs().max())
 
 
 def _numpy(tensor: Tensor) -> Any:

@@ -24,7 +24,7 @@ from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.memory import size
 from elm_lanczos.model import DetachedModel
-from elm_lanczos.operators import OperatorBatch, TokenOperators
+from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import Prompt
 from elm_lanczos.recording import finish, rows_of, write_outputs
 from elm_lanczos.store import PromptGroup, PromptHeader, PromptResult, ResultStore
@@ -32,6 +32,7 @@ from elm_lanczos.store.faults import FINISHED
 from elm_lanczos.store.place import Address
 from elm_lanczos.svd.cost import faster_dense, predict
 from elm_lanczos.svd.plan import Plan
+from elm_lanczos.svd.result import SVDResult
 from elm_lanczos.svd.solve import plan_for, solve
 
 _WORTH_SECONDS = 1.0
@@ -134,12 +135,87 @@ class Prediction:
         return len(self.ids) - 1
 
 
-Operators = Callable[[Sequence[Linearization], Sequence[int]], OperatorBatch]
-"""Makes the operators of some tokens of linearised prompts (see `batches.token_operators`)."""
+@dataclass(frozen=True)
+class Work:
+    """What is still to be solved of predictions that go through the model together.
+
+    Attributes:
+        tokens: the tokens asked for, counted through all prompts.
+        owners: the owners that are not done: number of the group, and of the owner in it.
+        members: of each, the positions in `tokens`.
+    """
+
+    tokens: list[int]
+    owners: list[tuple[int, int]]
+    members: list[list[int]]
+
+    @classmethod
+    def of(cls, groups: Sequence[PromptGroup]) -> Work:
+        """The work that is left in the groups of some predictions of one length."""
+        requested = [np.flatnonzero(group.requested).tolist() for group in groups]
+        tokens, length = _through_all(groups[0].tokens, requested), groups[0].tokens
+        place = {token: i for i, token in enumerate(tokens)}
+        owners = [(n, owner) for n, group in enumerate(groups) for owner in group.pending()]
+        members = [
+            [
+                place[number * length + token]
+                for token in groups[number].owners()[owner]
+                if number * length + token in place
+            ]
+            for number, owner in owners
+        ]
+        return cls(tokens, owners, members)
+
+
+class Alone:
+    """Solves linear systems in this process; several processes do it otherwise."""
+
+    def linearized(self, lins: Sequence[Linearization]) -> None:
+        """Something has been linearised; perhaps it is solved next."""
+
+    def solve(
+        self,
+        groups: Sequence[PromptGroup],
+        lins: Sequence[Linearization],
+        plan: Plan,
+        job: Job,
+        observer: Observer,
+    ) -> None:
+        """Computes and commits every owner that is not done yet.
+
+        Args:
+            groups: of each prediction.
+            lins: its linear system.
+            plan: how they are solved.
+            job: the run.
+            observer: told of passes.
+        """
+        work = Work.of(groups)
+        batch = token_operators(lins, work.tokens)
+        for which, result in solve(batch, plan, work.members, observer.passes):
+            commit(groups, work.owners[which], result, job)
+
+
+def commit(
+    groups: Sequence[PromptGroup], owner: tuple[int, int], result: SVDResult, job: Job
+) -> None:
+    """Writes the rows of an owner.
+
+    Args:
+        groups: of predictions that go through the model together.
+        owner: number of the group, and of the owner in it.
+        result: the triplets of its tokens, which are counted through all prompts.
+        job: the run.
+    """
+    group, first = groups[owner[0]], owner[0] * groups[0].tokens
+    tokens = [token - first for token in result.tokens]
+    rows = rows_of(group, owner[1], tokens, result, job.model, job.config.top)
+    group.write_rows(owner[1], rows)
+    group.commit(owner[1])
 
 
 def solve_all(
-    store: ResultStore, job: Job, observer: Observer, operators: Operators = token_operators
+    store: ResultStore, job: Job, observer: Observer, solver: Alone | None = None
 ) -> None:
     """Solves the systems of all prompts, and shows the results in the order of the prompts.
 
@@ -147,7 +223,7 @@ def solve_all(
         store: the store, open for writing.
         job: the run.
         observer: told what happens.
-        operators: makes the operators of some tokens of linearised prompts.
+        solver: solves linear systems; by default this process does it alone.
 
     Raises:
         UnsupportedModelError: if a certificate shows that the model is not rewritten exactly.
@@ -156,7 +232,7 @@ def solve_all(
     for batch in job.batches:
         at_once = batch == unseen[:1]
         told = observer if at_once else later
-        solve_batch(store, job, batch, told, hint=0 in batch, operators=operators)
+        solve_batch(store, job, batch, told, hint=0 in batch, solver=solver)
         solved |= set(batch)
         unseen = unseen[1:] if at_once else unseen
         show_known(store, job, unseen, solved.__contains__, observer)
@@ -169,7 +245,7 @@ def solve_batch(
     observer: Observer,
     *,
     hint: bool,
-    operators: Operators = token_operators,
+    solver: Alone | None = None,
 ) -> None:
     """Solves the systems of one prompt, at all its output positions, or of several at their last.
 
@@ -179,12 +255,12 @@ def solve_batch(
         numbers: the numbers of the prompts, one of `Job.batches`.
         observer: told what happens.
         hint: whether to say where another method would be faster.
-        operators: makes the operators of some tokens of linearised prompts.
+        solver: solves linear systems; by default this process does it alone.
 
     Raises:
         UnsupportedModelError: if a certificate shows that the model is not rewritten exactly.
     """
-    options: dict[str, Any] = {"hint": hint, "operators": operators}
+    options: dict[str, Any] = {"hint": hint, "solver": solver or Alone()}
     if len(numbers) > 1:
         if not any(unfinished(store, job, number) for number in numbers):
             for number in numbers:
@@ -229,7 +305,7 @@ def _solve_prompt(
     observer: Observer,
     *,
     hint: bool,
-    operators: Operators,
+    solver: Alone,
 ) -> None:
     """Solves the systems of all output positions of one prompt, those of generated tokens too."""
     groups = groups_of(store, number)
@@ -243,7 +319,7 @@ def _solve_prompt(
             show_stored(store, job, number, position, observer)
             continue
         prediction = _prediction(job, number, full[: position + 1])
-        _solve(store, job, [prediction], [groups], observer, hint=hint, operators=operators)
+        _solve(store, job, [prediction], [groups], observer, hint=hint, solver=solver)
         hint = False
 
 
@@ -255,21 +331,22 @@ def _solve(
     observer: Observer,
     *,
     hint: bool,
-    operators: Operators,
+    solver: Alone,
 ) -> None:
     """Solves the system of one prediction, or of several of one length together."""
     first, many = predictions[0], len(predictions)
     about = first.text if many == 1 else f"{many} prompts of {len(first.ids)} tokens"
     observer.started(first.number, len(job.prompts), about)
     begun = time.perf_counter()
-    lins, certificates, plan = _prepare(store, groups, job, predictions, observer if hint else None)
+    adviser = observer if hint else None
+    lins, certificates, plan = _prepare(store, groups, job, predictions, adviser, solver)
     own = [mine[first.position] for mine in groups]
     finished = [_is_finished(mine, first.position) for mine in groups]
     for group, lin, certificate, is_old in zip(own, lins, certificates, finished, strict=True):
         if not is_old:
             write_outputs(group, lin, job.model, certificate)
     observer.planned(plan, plan.passes[plan.method])
-    _write_triplets(own, lins, plan, job, observer, operators)
+    solver.solve(own, lins, plan, job, observer)
     seconds = (time.perf_counter() - begun) / many
     for group, certificate, is_old in zip(own, certificates, finished, strict=True):
         if not is_old:
@@ -357,6 +434,7 @@ def _prepare(
     job: Job,
     predictions: Sequence[Prediction],
     adviser: Observer | None,
+    solver: Alone,
 ) -> tuple[list[Linearization], list[Certificate], Plan]:
     """Linearises at some predictions, under the stored plan if a group of theirs exists already."""
     model, config, position = job.model, job.config, predictions[0].position
@@ -366,7 +444,9 @@ def _prepare(
     if len(numbers) > 1 and stored is not None and stored.get("prompts") != numbers:
         raise _NotTogetherError  # as the run that is continued has found
     new = {"block": config.batch, "memory": resources(store)["memory"]}
-    lins, certificates = _linearized(model, predictions, new if stored is None else stored["chain"])
+    lins, certificates = _linearized(
+        model, predictions, new if stored is None else stored["chain"], solver
+    )
     tokens = select_tokens(config.tokens, position + 1)
     if stored is None:
         plan = _new_plan(lins, tokens, config, predictions[0], adviser)
@@ -396,11 +476,15 @@ def _prepare(
 
 
 def _linearized(
-    model: DetachedModel, predictions: Sequence[Prediction], options: Mapping[str, Any]
+    model: DetachedModel,
+    predictions: Sequence[Prediction],
+    options: Mapping[str, Any],
+    solver: Alone,
 ) -> tuple[list[Linearization], list[Certificate]]:
     """The linear systems of predictions of one length, and their certificates."""
     try:
         lins = model.linearize_together([prediction.ids for prediction in predictions], **options)
+        solver.linearized(lins)
         certificates = lins[0].decoder.certificates()
         if len(predictions) > 1 and any(certificate.failures for certificate in certificates):
             raise _NotTogetherError  # perhaps only together
@@ -426,7 +510,8 @@ def _new_plan(
     adviser: Observer | None,
 ) -> Plan:
     """Resolves how some systems are solved, and says what should be known of it."""
-    lin, batch = lins[0], token_operators(lins, _through_all(lins, [tokens] * len(lins)))
+    lin = lins[0]
+    batch = token_operators(lins, _through_all(lin.shape[0], [tokens] * len(lins)))
     plan = _plan(batch, lin.spare_bytes, config, first)
     if len(lins) > 1 and not gains(plan, batch.shape[0]):
         raise _NotTogetherError
@@ -442,9 +527,8 @@ def _new_plan(
     return plan
 
 
-def _through_all(lins: Sequence[Linearization], tokens: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens of each prompt, counted through all prompts."""
-    length = lins[0].shape[0]
+def _through_all(length: int, tokens: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens of each prompt of a length, counted through all prompts."""
     return [number * length + token for number, some in enumerate(tokens) for token in some]
 
 
@@ -485,36 +569,6 @@ def _header(
         plan=plan,
         attrs={"generated": prediction.continuation},
     )
-
-
-def _write_triplets(
-    groups: Sequence[PromptGroup],
-    lins: Sequence[Linearization],
-    plan: Plan,
-    job: Job,
-    observer: Observer,
-    operators: Operators,
-) -> None:
-    """Computes and commits every owner that is not done yet."""
-    requested = [np.flatnonzero(group.requested).tolist() for group in groups]
-    tokens, length = _through_all(lins, requested), lins[0].shape[0]
-    batch = operators(lins, tokens)
-    place = {token: i for i, token in enumerate(tokens)}
-    pending = [(number, owner) for number, group in enumerate(groups) for owner in group.pending()]
-    members = [
-        [
-            place[number * length + token]
-            for token in groups[number].owners()[owner]
-            if number * length + token in place
-        ]
-        for number, owner in pending
-    ]
-    for which, result in solve(batch, plan, members, observer.passes):
-        number, owner = pending[which]
-        own = [token - number * length for token in result.tokens]
-        rows = rows_of(groups[number], owner, own, result, job.model, job.config.top)
-        groups[number].write_rows(owner, rows)
-        groups[number].commit(owner)
 
 
 def _plan(batch: TokenOperators, memory: int, config: RunConfig, prediction: Prediction) -> Plan:
