@@ -69,7 +69,7 @@ def time_steps(taken: dict[str, float]) -> None:
 
     for name in ("rows", "matvec", "rmatvec"):
         timed("passes", TokenOperators, name, time.process_time)
-    for name in ("_agreed", "_given", "_sent", "_finish"):
+    for name in ("_agreed", "_given", "_sent"):
         timed("exchange", distributed.Exchange, name, time.process_time)
     for step, owner, name in (
         ("tracing", DetachedModel, "linearize_together"),
