@@ -5,8 +5,8 @@ it holds the store's lock, deals the work, writes the summary and shows the resu
 dealt one at a time, longest first, each with all its positions to one process. Where fewer prompts
 are left at the start than there are processes, these are solved in turn by all processes together:
 the *owners* of rows (see `store`) are dealt, each to one process that solves and writes them, and
-the *blocks* of vectors that go through the model are dealt, one to each process a round. A block and
-an owner have the borders and the composition that they have in one process, and every process
+the *blocks* of vectors that go through the model are dealt, one to each process a round. Blocks
+and owners have the borders and the composition that they have in one process, and every process
 computes under the options in the store, so the bits of a store do not depend on how many made it.
 
 Waiting is polling: a signal is answered at once, a failure elsewhere is seen, and nothing waits for
