@@ -294,12 +294,16 @@ class DetachedModel:
 
     # ---------------------------------------------------------------------- the model itself
 
-    def predict(self, ids_or_embeddings: Tensor, position: int = -1) -> Prediction:
+    def predict(
+        self, ids_or_embeddings: Tensor, position: int = -1, layer: int | None = None
+    ) -> Prediction:
         """Runs the untouched model, its weights raised to `compute_dtype` layer by layer.
 
         Args:
             ids_or_embeddings: (T,) ids or (T, d) embeddings.
-            position: the position whose final hidden state and logits are wanted.
+            position: the position whose hidden state and logits are wanted.
+            layer: the layer, counted from 1, behind which the hidden state is taken; behind the
+                final norm if not given.
 
         Returns:
             The model's own hidden state and logits at that position.
@@ -314,7 +318,8 @@ class DetachedModel:
         if "logits_to_keep" in inspect.signature(self.hf_model.forward).parameters:
             options["logits_to_keep"] = length - position
         caught: list[Any] = []
-        hook = self.decoder.register_forward_hook(lambda _m, _a, output: caught.append(output))
+        module = self.decoder if layer is None else self.layers[layer - 1]
+        hook = module.register_forward_hook(lambda _m, _a, output: caught.append(output))
         try:
             with self.unfrozen(length):
                 logits = self.hf_model(**options, use_cache=False).logits[0]
@@ -329,7 +334,9 @@ class DetachedModel:
         hidden = states[0, position]
         return Prediction(hidden.to(self.compute_dtype), logits[row].to(self.compute_dtype))
 
-    def hidden_states(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, z: Tensor, ids: Tensor | None = None, layer: int | None = None
+    ) -> Tensor:
         """Runs the model with `z` for its token embeddings, as far as its decoder's output.
 
         It is the whole model that is run, so that the decoder gets the masks and positions that the
@@ -340,9 +347,10 @@ class DetachedModel:
         Args:
             z: (B, T, d), may be traced.
             ids: (B, T), the tokens that `z` stands for.
+            layer: the layer, counted from 1, behind which to stop instead.
 
         Returns:
-            (B, T, m), the hidden states after the final norm.
+            (B, T, m), the hidden states after the final norm, or after the layer.
 
         Raises:
             UnsupportedModelError: if the embeddings are not used once and as they are.
@@ -366,7 +374,8 @@ class DetachedModel:
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
             raise _DecoderDone(last_hidden_state(output))
 
-        hooks = [self.decoder.register_forward_hook(stop)]
+        last = self.decoder if layer is None else self.layers[layer - 1]
+        hooks = [last.register_forward_hook(stop)]
         if ids is not None:
             hooks.append(self.embedding.register_forward_hook(put_embeddings))
         try:
@@ -426,7 +435,7 @@ class DetachedModel:
         Args:
             prompt: text, token ids (T,), or input embeddings (T, d).
             position: the position whose final hidden state `y` is the output.
-            **options: `block`, `memory` and `keep` of `FrozenDecoder`.
+            **options: `layer`, `block`, `memory` and `keep` of `FrozenDecoder`.
 
         Returns:
             The linear system at this input.
@@ -463,7 +472,7 @@ class DetachedModel:
         Args:
             prompts: token ids (T,) each.
             position: the position whose final hidden states are the outputs.
-            **options: `block`, `memory` and `keep` of `FrozenDecoder`.
+            **options: `layer`, `block`, `memory` and `keep` of `FrozenDecoder`.
 
         Returns:
             The linear system of each, all of one frozen decoder. `FrozenDecoder.vjp` and `jvp` do
@@ -731,7 +740,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def last_hidden_state(output: Any) -> Tensor:
-    """Returns the final hidden states (1, T, m) of a decoder's output."""
+    """Returns the hidden states (B, T, m) of what a decoder or one of its layers gives."""
+    if isinstance(output, Tensor):
+        return output
     state = getattr(output, "last_hidden_state", None)
     return state if state is not None else output[0]
 
