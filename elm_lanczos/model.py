@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elm_lanczos.attention import IMPLEMENTATION, is_explicit, register_attention
 from elm_lanczos.conventions import frozen_conventions
@@ -529,6 +530,24 @@ class DetachedModel:
             wanted["_attn_implementation_internal"] = IMPLEMENTATION
         computing, names = self.arithmetic(), self._implementations(wanted)
         with computing, names, kept, evaluating(self.hf_model), raised, torch.no_grad():
+            yield
+
+    @contextlib.contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Lets the model run as it is, on code that torch can differentiate forward.
+
+        Fused attention and fused experts have no forward derivative, so they are written out for
+        the time being; attention then makes T×T arrays of every head.
+
+        Yields:
+            Nothing.
+        """
+        written_out = {
+            "_attn_implementation_internal": "eager",
+            "_experts_implementation_internal": "eager",
+        }
+        kernels = sdpa_kernel(SDPBackend.MATH)  # for code that calls torch's attention by itself
+        with self.unfrozen(1), self._implementations(written_out), kernels:
             yield
 
     @contextlib.contextmanager
