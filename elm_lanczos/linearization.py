@@ -6,6 +6,7 @@ With `F` the frozen decoder (see `frozen_decoder`), `y = F(x)`, and J its deriva
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -233,11 +234,11 @@ class Linearization:
 
         return TokenOperator(self, index)
 
-    def joint(self) -> JointOperator:
-        """Returns `[J_0 … J_{T-1}]` as one LinearOperator (m, T·d)."""
+    def joint(self, tokens: Sequence[int] | None = None) -> JointOperator:
+        """Returns the Jacobians of several tokens, or of all, as one LinearOperator (m, n·d)."""
         from elm_lanczos.operators import JointOperator
 
-        return JointOperator(self)
+        return JointOperator(self, tokens)
 
 
 class Together:

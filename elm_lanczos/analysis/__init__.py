@@ -3,5 +3,25 @@
 from elm_lanczos.analysis.attribution import Attribution, attribute
 from elm_lanczos.analysis.ordinary_jacobian import OrdinaryJacobian, ordinary
 from elm_lanczos.analysis.result import Analysis
+from elm_lanczos.analysis.steering import (
+    Steering,
+    SteeringOperator,
+    SteeringSweep,
+    steer,
+    steering_operator,
+    sweep_steering,
+)
 
-__all__ = ["Analysis", "Attribution", "OrdinaryJacobian", "attribute", "ordinary"]
+__all__ = [
+    "Analysis",
+    "Attribution",
+    "OrdinaryJacobian",
+    "Steering",
+    "SteeringOperator",
+    "SteeringSweep",
+    "attribute",
+    "ordinary",
+    "steer",
+    "steering_operator",
+    "sweep_steering",
+]

@@ -20,7 +20,7 @@ def draw(result: OrdinaryJacobian) -> Figure:
     Returns:
         A figure with the ordinary Jacobian on the left.
     """
-    drawing = figure(3.5)
+    drawing = figure(3.6)
     both = drawing.subplots(1, 2, sharex=True)
     y = result.output.tolist()
     ends = (min(y), max(y))
@@ -30,7 +30,7 @@ def draw(result: OrdinaryJacobian) -> Figure:
         made = result.reconstructions[name].tolist()
         axes.scatter(y, made, s=size, color=colour, alpha=0.6, linewidths=0, rasterized=True)
         axes.set_title(
-            f"{name} Jacobian\nstd(error) / std(y) = {result.deviation(name):.1e}, "
+            f"{name} Jacobian\nstd(error) / std(y) = {result.deviation(name):.1e}\n"
             f"‖error‖ / ‖y‖ = {result.error(name):.1e}"
         )
         axes.set_xlabel("output y, one point a feature")
