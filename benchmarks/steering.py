@@ -1,12 +1,14 @@
 """Steering a concept onto another prompt: what it gains and costs, on pairs it was not tuned on.
 
-The gain is the rise of the log-probability of the concept's own words (`concept_tokens`: chosen from
-the concept alone), the mean over the steps of the steered continuation under the steered model less
-that of the unsteered one under the unsteered model. The cost is the unsteered model's loss on the
-steered text less that on its own. Both are greedy.
+The gain is the rise of the log-probability of the concept's own words (`concept_tokens`: chosen
+from the concept alone): at each step, the log of their total probability; the mean over the steps
+of the steered continuation under the steered model, less that of the unsteered continuation under
+the unsteered model. The cost is the unsteered model's loss on the steered text less that on its
+own, nats a token. Both texts are greedy. The control is the rise of the same words where the prompt
+is steered by the next pair's concept: what any concept does to them.
 
-The layer, the strength and k were chosen on `TUNING`; `PAIRS` are ten others. Beside the form that
-`steer` has stand others at the same layer, compared on the tuning pairs:
+The layer, the strength and k were chosen on `TUNING`; `PAIRS` are ten others. Other forms at the
+same layer are compared on the tuning pairs:
 
 - image: J_k x of the concept's tokens, as carried to a token behind them (the form of `steer`);
 - full: the same without truncation, J x;
@@ -68,7 +70,8 @@ TUNING = {
     "labor": "We have seen",
     "schools": "There is no",
 }
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5)
+STRENGTHS = (0.5, 0.75, 1.0)
+LAYERS = (4, 6, 8)
 BOUNDS = {"rise": 2.0, "excess_loss": 1.0}
 
 
@@ -156,14 +159,14 @@ def tuned(model: DetachedModel, tokens: int) -> list[dict[str, Any]]:
     """Returns mean gain and cost over the tuning pairs: layers by strengths, and other forms."""
     found: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for concept, writer, plain in writers(model, TUNING, tokens):
-        for layer in range(2, len(model.layers) + 1):
+        for layer in LAYERS:
             tried: dict[str, SteeringOperator | _Applied]
             if layer == default_layer(model):
                 tried = forms(model, concept, layer)
             else:
                 tried = {"image": steering_operator(model, concept, layer)}
             for form, operator in tried.items():
-                for strength in STRENGTHS if form != "mixture" else (0.25, 0.35, 0.5, 0.75):
+                for strength in STRENGTHS if form == "image" else (STRENGTH,):
                     steered = writer.write(operator, strength)[0]  # type: ignore[arg-type]
                     found.setdefault((form, layer, strength), []).append(figures(plain, steered))
     return [
@@ -180,14 +183,18 @@ def main(
     ] = False,
 ) -> None:
     """Print the table and write benchmarks/results/steering.json."""
-    model, console = DetachedModel.from_pretrained(), Console()
+    model = DetachedModel.from_pretrained(dtype="float32")  # in which it computes anyway
+    console = Console()
     layer, rows = default_layer(model), []
     table = Table(title=f"bundled model, layer {layer}, strength {STRENGTH}, k = {RANK}, greedy")
-    for column in ("concept", "prompt", "concept words", "steered", "rise", "excess loss", "text"):
-        table.add_column(column, overflow="fold")
+    for column in ("concept", "prompt", "without", "steered", "rise", "excess loss", "control"):
+        table.add_column(column, justify="left" if column in ("concept", "prompt") else "right")
+    operators = {concept: steering_operator(model, concept, layer) for concept in PAIRS}
+    following = dict(zip(PAIRS, [*list(PAIRS)[1:], *PAIRS], strict=False))
     for concept, writer, plain in writers(model, PAIRS, tokens):
-        operator = steering_operator(model, concept, layer)
+        operator = operators[concept]
         steered = writer.write(operator, STRENGTH)[0]
+        control = writer.write(operators[following[concept]], STRENGTH)[0]
         row = {
             "concept": concept,
             "prompt": PAIRS[concept],
@@ -197,13 +204,16 @@ def main(
             "steered": steered.concept,
             "text_without": plain.text,
             **figures(plain, steered),
+            "control": control.concept - plain.concept,
         }
         rows.append(row)
-        values = [f"{row[name]:.2f}" for name in ("without", "steered", *BOUNDS)]
-        table.add_row(concept, PAIRS[concept], *values, row["text"].replace("\n", " "))
+        values = [f"{row[name]:.2f}" for name in ("without", "steered", *BOUNDS, "control")]
+        table.add_row(concept, PAIRS[concept], *values)
     console.print(table)
-    means = {name: mean(row[name] for row in rows) for name in BOUNDS}
-    for name, value in means.items():
+    means = {name: mean(row[name] for row in rows) for name in (*BOUNDS, "control")}
+    console.print(f"mean rise by another concept: {means['control']:.2f} nats")
+    for name in BOUNDS:
+        value = means[name]
         met = value >= BOUNDS[name] if name == "rise" else value <= BOUNDS[name]
         least = "at least" if name == "rise" else "at most"
         console.print(

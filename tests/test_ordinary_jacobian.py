@@ -71,12 +71,14 @@ def test_untouched_model_is_left_as_it_was() -> None:
     model = detached_model("llama")
     before = copy.deepcopy(model.hf_model.state_dict())
     model.hf_model.train()
-    names = [m.config._attn_implementation for m in model.hf_model.modules() if hasattr(m, "config")]
+    configs = [m.config for m in model.hf_model.modules() if hasattr(m, "config")]
+    names = [config._attn_implementation for config in configs]
     assert "sdpa" in names  # whose fused kernels have no forward derivative
     ordinary(model.linearize(PROMPT))
-    after = [m.config._attn_implementation for m in model.hf_model.modules() if hasattr(m, "config")]
-    assert names == after and model.hf_model.training
-    assert all(torch.equal(before[name], value) for name, value in model.hf_model.state_dict().items())
+    assert names == [config._attn_implementation for config in configs]
+    assert model.hf_model.training
+    after = model.hf_model.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
     assert not any(m._forward_hooks for m in model.hf_model.modules())
 
 

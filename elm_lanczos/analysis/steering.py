@@ -155,8 +155,9 @@ def steering_operator(
     special = set(getattr(model.tokenizer, "all_special_ids", ()))
     tokens = tuple(i for i, token in enumerate(ids[:-1].tolist()) if token not in special)
     if ids.is_floating_point() or not tokens:
-        raise UsageError("a concept is text or ids (T,) with a token before the last: give another")
-    lin = model.linearize(ids, layer=default_layer(model) if layer is None else layer, memory=memory)
+        raise UsageError("a concept is text, or ids (T,) with a token before the last")
+    layer = default_layer(model) if layer is None else layer
+    lin = model.linearize(ids, layer=layer, memory=memory)
     joint, x = lin.joint(tokens), lin.inputs[list(tokens)]
     found = svd(joint, min(k, *joint.shape), seed=seed, memory=memory)
     U, S, V = found.U[0], found.S[0], found.V[0].unflatten(1, x.shape)
@@ -164,7 +165,7 @@ def steering_operator(
     if not image.norm() > 0:
         raise UsageError("the concept leaves nothing at the last token of its prompt: give another")
     return SteeringOperator(
-        layer=int(lin.layer or 0),
+        layer=layer,
         prompt=lin.text,
         tokens=tokens,
         U=U,
@@ -305,7 +306,8 @@ class _Writer:
             end = model.hf_model.config.get_text_config(decoder=True).eos_token_id
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+            sampling = {"do_sample": True, "temperature": self.temperature}
+            sampling |= {"top_k": 0, "top_p": 1.0}
         config = GenerationConfig(
             max_new_tokens=self.new_tokens,
             num_beams=1,
@@ -321,7 +323,7 @@ class _Writer:
         with torch.random.fork_rng(), model.unfrozen(1):
             torch.manual_seed(self.seed)
             with _steering(model, operator, strength, start):
-                made: Any = model.hf_model.generate(  # type: ignore[operator]
+                made: Any = model.hf_model.generate(
                     prompt, attention_mask=torch.ones_like(prompt), generation_config=config
                 )
             plain = model.hf_model(input_ids=made.sequences, use_cache=False).logits[0, T - 1 : -1]
@@ -420,8 +422,8 @@ class Steering(_Steered):
             f"{len(operator.S)} triplets of the Jacobian of {len(operator.tokens)} tokens in "
             f"{operator.prompt!r}: {operator.energy:.1%} of ‖J‖²_F, cosine of J_k x with J x "
             f"{operator.alignment:.4f}",
-            f"log-probability of the concept's words ({', '.join(map(repr, self.words))}), mean over "
-            f"the steps: {plain.concept:.2f} → {self.steered.concept:.2f} "
+            f"log-probability of the concept's words ({', '.join(map(repr, self.words))}), mean "
+            f"over the steps: {plain.concept:.2f} → {self.steered.concept:.2f} "
             f"({self.rise(self.steered):+.2f} nats)",
             f"loss of the unsteered model: {plain.loss:.2f} nats a token on its own text, "
             f"{self.steered.loss:.2f} on the steered ({self.damage(self.steered):+.2f})",

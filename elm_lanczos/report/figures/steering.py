@@ -50,13 +50,13 @@ def draw(result: Steering) -> Figure:
     below.set_xlabel("tokens of the steered text")
     for axes in (above, below):
         axes.grid(axis="y", linewidth=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=3)
     token_axis(below, steered.tokens)
-    above.set_title(
-        legible(
-            f"{_short(result.concept)} onto {_short(result.prompt)}, layer {result.operator.layer}, "
-            f"strength {result.strength:g}: {result.rise(steered):+.2f} nats"
-        )
+    drawing.suptitle(
+        legible(f"{_short(result.concept)} onto {_short(result.prompt)}")
+        + f", layer {result.operator.layer}, strength {result.strength:g}: "
+        f"{result.rise(steered):+.2f} nats",
+        fontsize=9.5,
     )
     return drawing
 
