@@ -11,7 +11,9 @@ from elm_lanczos.cli import (  # noqa: I001
     verify,  # noqa: F401
     check,  # noqa: F401
     attribute,  # noqa: F401
+    ordinary,  # noqa: F401
     components,  # noqa: F401
+    steer,  # noqa: F401
     compare,  # noqa: F401
     export,  # noqa: F401
 )
