@@ -22,7 +22,7 @@ from tests.families import PROMPT, detached_model, hand_frozen_output, hf_model
 from tests.test_matrix_free import WIDTH, NoJacobian
 from tests.test_matrix_free import model as wide_model  # noqa: F401
 
-OTHERS = ["opt", "phi", "qwen3_moe", "granite", "nemotron_h"]
+OTHERS = ["opt", "phi", "qwen3_moe", "granite"]
 
 
 @pytest.mark.parametrize("family", ["llama-biased", "gemma2", "olmo2", *OTHERS])
