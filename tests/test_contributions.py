@@ -13,7 +13,7 @@ import torch
 
 from elm_lanczos import cli
 from elm_lanczos.analysis import components
-from elm_lanczos.analysis.components import BINS, jacobian_norms
+from elm_lanczos.analysis.contributions import BINS, jacobian_norms
 from elm_lanczos.architectures import tiny_config, tiny_model
 from elm_lanczos.decode import decode_input, decode_output
 from elm_lanczos.errors import UnsupportedModelError, UsageError
