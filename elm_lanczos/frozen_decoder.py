@@ -68,6 +68,7 @@ class FrozenDecoder:
         outputs: (B, m), the final hidden states at the position.
         footprint: the shapes that its memory follows from.
         narrowed: whether the last layer is run for the output position alone behind its attention.
+        pushed: vectors pushed through a segment so far; a pass pushes one through each.
 
     Raises:
         UnsupportedModelError: if the decoder is not affine once frozen; the message names the
@@ -91,6 +92,7 @@ class FrozenDecoder:
         self.model = model
         self.inputs = inputs
         self.ids = ids
+        self.pushed = 0
         prompts, length, _ = inputs.shape
         self.position = position % length
         self._rules = RULES if rules is None else rules
@@ -154,10 +156,11 @@ class FrozenDecoder:
         prompts, length, _ = self.inputs.shape
         return self.footprint.arrays(length, self.block, prompts, keep=self.keep)
 
-    def _map(self, index: int) -> LinearMap:
+    def map(self, index: int) -> LinearMap:
+        """Returns a segment of the chain as a linear map, by its number."""
         if index in self._maps:
             return self._maps[index]
-        result = self._linearized(self.segments[index])
+        result = self.linearized(self.segments[index])
         if self.keep:
             self._maps[index] = result
         return result
@@ -200,10 +203,22 @@ class FrozenDecoder:
                 with self.freezing(segment.name):
                     h = segment.function(linear(h)).detach()
         for segment in reversed(segments):  # linearised one at a time
-            u = self._linearized(segment).vjp(u)
+            u = self.linearized(segment).vjp(u)
         return h, u
 
-    def _linearized(self, segment: Segment) -> LinearMap:
+    def linearized(self, segment: Segment) -> LinearMap:
+        """Linearises a segment, of the chain or any other, at its input.
+
+        Args:
+            segment: the segment.
+
+        Returns:
+            Its linear map; what goes through it is counted in `pushed`.
+
+        Raises:
+            UnsupportedModelError: if it cannot be transformed; the message names it.
+        """
+
         def frozen(h: Tensor) -> Tensor:
             with self.freezing(segment.name):
                 return segment.function(linear(h))
@@ -218,6 +233,7 @@ class FrozenDecoder:
         push_forward: list[Callable[[Tensor], Any]] = []
 
         def vjp(cotangents: Tensor) -> Tensor:
+            self.pushed += len(cotangents)
             return torch.func.vmap(lambda u: pull_back(u)[0])(cotangents.to(out.device))
 
         def jvp(tangents: Tensor) -> Tensor:
@@ -225,6 +241,7 @@ class FrozenDecoder:
                 zero = torch.zeros_like(out)
                 push_forward.append(torch.func.vjp(lambda u: pull_back(u)[0], zero)[1])
             tangents = tangents.to(segment.input.device)
+            self.pushed += len(tangents)
             return torch.func.vmap(lambda v: push_forward[0](v)[0])(tangents)
 
         return LinearMap(vjp, jvp)
@@ -243,7 +260,7 @@ class FrozenDecoder:
             for start in range(0, len(cotangents), self.block):
                 g = cotangents[start : start + self.block, :, None]
                 for index in reversed(range(len(self.segments))):
-                    g = self._map(index).vjp(g)
+                    g = self.map(index).vjp(g)
                 out[start : start + self.block] = g
         return out
 
@@ -261,7 +278,7 @@ class FrozenDecoder:
             for start in range(0, len(tangents), self.block):
                 v = tangents[start : start + self.block]
                 for index in range(len(self.segments)):
-                    v = self._map(index).jvp(v)
+                    v = self.map(index).jvp(v)
                 out[start : start + self.block] = v[:, :, 0]
         return out
 
