@@ -205,13 +205,22 @@ def output_positions(config: RunConfig, length: int) -> list[int]:
     return [main, *sorted(wanted - {main})]
 
 
-def select_tokens(spec: str, length: int, option: str = "--tokens") -> list[int]:
+def select_tokens(
+    spec: str,
+    length: int,
+    option: str = "--tokens",
+    *,
+    of: str = "the prompt",
+    what: str = "tokens",
+) -> list[int]:
     """Returns the token positions that `--tokens` names, in ascending order.
 
     Args:
         spec: `all`, `last:N`, `first:N`, positions `0,5,-1`, or a slice `start:stop:step`.
         length: number of tokens T.
         option: the option to name in errors.
+        of: what has so many, for errors.
+        what: of what, for errors.
 
     Returns:
         Positions in 0 … T - 1, each once.
@@ -233,11 +242,11 @@ def select_tokens(spec: str, length: int, option: str = "--tokens") -> list[int]
         else:
             chosen = [everything[int(part)] for part in spec.split(",")]
     except IndexError as error:
-        raise UsageError(f"{option} {spec}: the prompt has only {length} tokens") from error
+        raise UsageError(f"{option} {spec}: {of} has only {length} {what}") from error
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"{option} {spec}: use all, last:8, first:8, positions like 0,5,9, or start:stop:step"
         ) from error
     if not chosen:
-        raise UsageError(f"{option} {spec} selects none of the {length} tokens")
+        raise UsageError(f"{option} {spec} selects none of the {length} {what}")
     return sorted(set(chosen))

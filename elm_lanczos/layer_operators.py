@@ -177,13 +177,8 @@ class LayerOperators(OperatorBatch):
     ) -> Tensor:
         places = [self.places[i] for i in index.tolist()]
         size = self.sub.decoder.block
-        with torch.no_grad(), self.sub.decoder.model.arithmetic():
-            return torch.cat(
-                [
-                    product(X[start : start + size], places[start : start + size])
-                    for start in range(0, len(places), size)
-                ]
-            )
+        starts = range(0, len(places), size)
+        return torch.cat([product(X[i : i + size], places[i : i + size]) for i in starts])
 
     def rows(self, Y: Tensor) -> Tensor:
         """See `OperatorBatch.rows`."""
@@ -198,8 +193,7 @@ class LayerOperators(OperatorBatch):
             factor = self.readout.factors.get(layer, 1.0)
             found[:, start : start + count] = factor * rows.index_select(1, every)
 
-        with torch.no_grad(), self.sub.decoder.model.arithmetic():
-            self._rows(Y, put)
+        self._rows(Y, put)
         return found
 
     # ------------------------------------------------------------- the parts of one layer
@@ -342,7 +336,9 @@ class CumulativeOperators(LayerOperators):
         return names
 
     def _pushes_of_row(self) -> float:
-        below = sum((layer + self.sub.has_prelude) * len(self._names(layer)) for layer in self.wanted)
+        below = sum(
+            (layer + self.sub.has_prelude) * len(self._names(layer)) for layer in self.wanted
+        )
         return below + sum(map(self._own_pushes, self.wanted))
 
     def _pushes_of_product(self) -> float:
@@ -489,7 +485,10 @@ class ToEndOperators(LayerOperators):
             X = self.sub.jvp(layer, X) if len(X) else X
             joining = _where(places, [layer], V)
             entering = self.sub.behind(layer, every[joining])
-            X, order = torch.cat([X, entering] if len(X) else [entering]), torch.cat([order, joining])
+            X, order = (
+                torch.cat([X, entering] if len(X) else [entering]),
+                torch.cat([order, joining]),
+            )
         out = V.new_empty(len(V), self.shape[1])
         out[order] = self.sub.final_jvp(X)
         return out

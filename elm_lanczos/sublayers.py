@@ -80,26 +80,41 @@ class Sublayers:
     """
 
     def __init__(self, decoder: FrozenDecoder) -> None:
-        if decoder.not_a_chain:
-            raise UnsupportedModelError(
-                f"{decoder.model.name} is not a chain of layers: {decoder.not_a_chain}"
-            )
+        places = self.places(decoder)
         self.decoder, self.position = decoder, decoder.position
         prompts, length, width = decoder.inputs.shape
         assert prompts == 1
-        self.has_prelude = decoder.segments[0].name == "prelude"
+        self.has_prelude = places.start == 1
         self._shapes = {}
         self._mids: dict[int, LinearMap] = {}
         self._keep = decoder.keep and decoder.footprint.is_kept(length, decoder.memory // 2)
-        first, final = int(self.has_prelude), len(decoder.segments) - 1
-        for place in range(first, final + 1):
+        for place in (*places, places.stop):
             self._shapes[place] = decoder.segments[place].input.shape[1:]
             if self._shapes[place][-1] != width:
                 raise UnsupportedModelError(
                     f"{decoder.model.name}: its residual stream has {self._shapes[place][-1]} "
                     f"features and its embeddings have {width}"
                 )
-        self.layers = tuple(self._layer(place, place - first) for place in range(first, final))
+        self.layers = tuple(self._layer(place, number) for number, place in enumerate(places))
+
+    @staticmethod
+    def places(decoder: FrozenDecoder) -> range:
+        """Returns the numbers of the segments that are layers.
+
+        Args:
+            decoder: the frozen decoder.
+
+        Returns:
+            A range of them.
+
+        Raises:
+            UnsupportedModelError: if it is not a chain of layers.
+        """
+        if decoder.not_a_chain:
+            raise UnsupportedModelError(
+                f"{decoder.model.name} is not a chain of layers: {decoder.not_a_chain}"
+            )
+        return range(int(decoder.segments[0].name == "prelude"), len(decoder.segments) - 1)
 
     def __len__(self) -> int:
         """Returns the number of layers."""
@@ -203,7 +218,8 @@ class Sublayers:
 
     def _product(self, of: Any, X: Tensor) -> Tensor:
         """A linear map of streams (b, …) in blocks that a segment takes at a time."""
-        return torch.cat([of(x[:, None])[:, 0] for x in X.split(self.decoder.block)])
+        with torch.no_grad(), self.decoder.model.arithmetic():
+            return torch.cat([of(x[:, None])[:, 0] for x in X.split(self.decoder.block)])
 
     def _mid(self, layer: int) -> LinearMap:
         if layer in self._mids:
@@ -237,9 +253,7 @@ class Sublayers:
         mid = _cut(segment, mlp) if mlp and mixing else None
         return replace(layer, mid=mid, modules=(ATTENTION,) * bool(mixing) + (MLP,) * bool(mlp))
 
-    def _doubt(
-        self, place: int, mlp: Sequence[nn.Module], mixing: Sequence[nn.Module]
-    ) -> str:
+    def _doubt(self, place: int, mlp: Sequence[nn.Module], mixing: Sequence[nn.Module]) -> str:
         """Why the parts named are not what a layer adds to the stream; empty if they are."""
         segment, shape = self.decoder.segments[place], self._shapes[place + 1]
         generator = torch.Generator().manual_seed(0)

@@ -63,6 +63,10 @@ class Analysis(ABC):
     def to_dataframe(self) -> pd.DataFrame:
         """Returns all that is found as one flat table; words are lists of token texts."""
 
+    def overview(self) -> pd.DataFrame:
+        """Returns the rows that a terminal and a page show; all, where they are few."""
+        return self.to_dataframe()
+
     @abstractmethod
     def plot(self) -> Figure:
         """Draws it.

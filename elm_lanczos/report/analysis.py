@@ -16,7 +16,7 @@ from elm_lanczos.analysis.result import Analysis
 from elm_lanczos.report.text import printable, token_text
 
 ROWS = 60
-"""Rows of a table that are shown, from both ends; files and `to_dataframe` have all."""
+"""Rows of an overview that are shown, from both ends; files and `to_dataframe` have all."""
 
 
 def render(result: Analysis, width: int = 100) -> RenderableType:
@@ -31,7 +31,7 @@ def render(result: Analysis, width: int = 100) -> RenderableType:
     """
     rows, left_out = _shown(result)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in result.to_dataframe().columns:
+    for name in result.overview().columns:
         numbers = all(not isinstance(row[name], (str, list)) for row in rows)
         table.add_column(
             name.replace("_", " "),
@@ -52,7 +52,7 @@ def render(result: Analysis, width: int = 100) -> RenderableType:
 def to_html(result: Analysis) -> str:
     """Returns a result as a piece of HTML: its figure, its table and its facts, all escaped."""
     rows, left_out = _shown(result)
-    names = list(result.to_dataframe().columns)
+    names = list(result.overview().columns)
     head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(_cell(name, row[name]))}</td>" for name in names) + "</tr>"
@@ -92,7 +92,7 @@ def _picture(result: Analysis) -> str:
 
 def _shown(result: Analysis) -> tuple[list[dict[str, Any]], int]:
     """The rows that are shown, and how many are left out."""
-    rows: list[dict[str, Any]] = result.to_dataframe().to_dict(orient="records")
+    rows: list[dict[str, Any]] = result.overview().to_dict(orient="records")
     left_out = max(0, len(rows) - ROWS)
     return (rows[: ROWS // 2] + rows[-ROWS // 2 :] if left_out else rows), left_out
 
