@@ -1,4 +1,4 @@
-r"""Detached Jacobians of layers and of their modules, as batches of operators that share their work.
+r"""Detached Jacobians of layers and of their modules, in batches that share their work.
 
 With p the output position, `h_l` the residual stream behind layer l, and `C_l` what a module of it
 adds there (see `sublayers`), read by the final norm `N` frozen at `h_l[p]` or as it is:
@@ -10,9 +10,10 @@ adds there (see `sublayers`), read by the final norm `N` frozen at `h_l[p]` or a
 | `to-end` | `∂y/∂h_l[i]` | – |
 
 Norms frozen at different points are the same map up to a factor, so that one cotangent `u` serves
-all layers. As `h_l = h_{l-1} + Σ C_l`, its row of a residual stream is the sum of the row of the one
-before and of those of the modules; a group of g layers takes two pulls of `u` a layer, and one more
-below the group, all pulled through the layers below in one block, each of which is linearised once.
+all layers. As `h_l = h_{l-1} + Σ C_l`, its row of a residual stream is the sum of the row of the
+one before and of those of the modules; a group of g layers takes two pulls of `u` a layer, and one
+more below the group, all pulled through the layers below in one block, for which each is linearised
+once.
 One pull from the output passes by all `to-end` rows.
 """
 

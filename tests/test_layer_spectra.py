@@ -215,7 +215,6 @@ def test_kinds_chain_up_to_the_whole_jacobian(kind: str, readout: str, narrow: b
     assert_products(batch, torch.cat(list(J.values())))
     if kind == "to-end":
         assert {module for _, module in J} == {"residual"}
-        _, own = operators(lin, "layerwise", "raw")
         # one step further from the end, by the whole layer at every position
         sub = Sublayers(decoder)
         last = sub.vjp(1, J[1, "residual"].transpose(0, 1))

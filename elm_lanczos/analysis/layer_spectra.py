@@ -13,7 +13,7 @@ the Jacobians share their work is told in `layer_operators`; none is ever formed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,7 +42,7 @@ from elm_lanczos.layer_operators import (
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.status import Status
 from elm_lanczos.sublayers import Sublayers
-from elm_lanczos.svd.plan import GROUP, Plan
+from elm_lanczos.svd.plan import Plan
 from elm_lanczos.svd.result import SVDResult
 from elm_lanczos.svd.solve import plan_for, solve
 
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 DEFAULT_K, DEFAULT_TOL, DEFAULT_TOP = 6, 1e-3, 5
 READOUTS = ("norm", "raw")
+
+_LOCKSTEP = 192
+"""Operators that are solved at a time: those of few tokens fill a block of vectors together."""
 
 _OPERATORS: dict[str, type[LayerOperators]] = {
     CUMULATIVE: CumulativeOperators,
@@ -438,22 +441,17 @@ def _predicted(batch: LayerOperators, plan: Plan) -> int:
 
 
 def _solved(
-    batch: LayerOperators, plan: Plan, tell: Progress | Any
+    batch: LayerOperators, plan: Plan, tell: Callable[[int], None]
 ) -> Iterator[tuple[tuple[int, str], SVDResult]]:
     """The triplets of each layer and module of a batch."""
-    count = len(batch.tokens)
-    keys = [batch.places[i][:2] for i in range(0, len(batch.places), count)]
-    size = min(GROUP, plan.panel)
-    groups = [
-        range(start + first, start + min(first + size, count))
-        for start in range(0, len(batch.places), count)
-        for first in range(0, count, size)
-    ]
+    count, total = len(batch.tokens), len(batch.places)
+    size = min(_LOCKSTEP, plan.panel)
+    groups = [range(start, min(start + size, total)) for start in range(0, total, size)]
     found = dict(solve(batch, plan, groups, tell))
-    each = -(-count // size)
-    for i, key in enumerate(keys):
-        parts = [found[i * each + j] for j in range(each)]
-        yield (key[0], key[1]), SVDResult.concatenate(parts, parts[0].passes)
+    whole = SVDResult.concatenate([found[i] for i in range(len(groups))], 0)
+    for start in range(0, total, count):
+        layer, module, _ = batch.places[start]
+        yield (layer, module), whole.rows(start, start + count)
 
 
 def _to_cpu(found: SVDResult) -> SVDResult:
