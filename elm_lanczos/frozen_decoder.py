@@ -217,6 +217,7 @@ class FrozenDecoder:
 
         Raises:
             UnsupportedModelError: if it cannot be transformed; the message names it.
+            RuntimeError: if memory is used up.
         """
 
         def frozen(h: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,12 +18,14 @@ from elm_lanczos.analysis import layers
 from elm_lanczos.analysis.layer_spectra import _work
 from elm_lanczos.cli import main
 from elm_lanczos.errors import UnsupportedModelError, UsageError
-from elm_lanczos.layer_operators import KINDS, MODULES, LayerOperators, Place
+from elm_lanczos.layer_operators import KINDS, MODULES, LayerOperators
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.model import DetachedModel
+from elm_lanczos.status import Status
+from elm_lanczos.store import open_results
 from elm_lanczos.sublayers import Sublayers
 from elm_lanczos.svd import svd
-from tests.families import CONFIGS, PROMPT, detached_model, hf_model
+from tests.families import PROMPT, detached_model, hf_model
 from tests.test_matrix_free import WIDTH, NoJacobian
 
 _SIZES = {
@@ -402,22 +407,19 @@ def test_no_jacobian_is_allocated() -> None:
 
 
 def test_what_has_not_converged_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    import elm_lanczos.analysis.layer_spectra
-
-    module = __import__("sys").modules["elm_lanczos.analysis.layer_spectra"]
+    module, stream = (
+        sys.modules[f"elm_lanczos.{name}"] for name in ("analysis.layer_spectra", "svd.stream")
+    )
     plan = module._plan
 
     def hasty(*args: Any) -> Any:
         return replace(plan(*args), method="stream", max_streams=1)
 
     monkeypatch.setattr(module, "_plan", hasty)
-    monkeypatch.setattr("elm_lanczos.svd.stream._finish", lambda *_: None)
+    monkeypatch.setattr(stream, "_finish", lambda *_: None)
     result = layers(detached_model("llama").linearize(PROMPT), k=4, tol=1e-12)
     assert any("not converged" in doubt for doubt in result.doubts)
     assert "not_converged" in set(result.to_dataframe()["status"])
-    assert elm_lanczos.analysis.layer_spectra is not None
 
 
 def test_bad_options_are_refused_in_one_line() -> None:
@@ -436,7 +438,96 @@ def test_bad_options_are_refused_in_one_line() -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_places_are_hashable_and_few() -> None:
-    assert len({Place(0, "mlp", 1), Place(0, "mlp", 1)}) == 1
-    assert set(FAMILIES) <= set(CONFIGS)
-    assert callable(main) and json and Path
+def test_a_readout_and_words_in_every_form(tmp_path: Path, tiny: DetachedModel) -> None:
+    """Hostile tokens: control characters, other scripts, markup."""
+    text = "a\x1b[31m \u202e中文 مرحبا 🙂 <b>$x$</b>"
+    lin = tiny.linearize(text)
+    result = layers(lin, kinds=KINDS, k=2, tokens=[0, lin.position])
+    for name in ("a.json", "a.csv", "a.png", "a.svg", "a.html", "a.zarr"):
+        result.save(tmp_path / name)
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert len(rows) == (2 * 3 + 2 * 3 + 2) * 2 * 2
+    assert "\x1b" not in (tmp_path / "a.html").read_text()
+    assert "<b>" not in (tmp_path / "a.html").read_text()
+    assert len(result.overview()) == 2 * 3 + 2 * 3 + 2
+    for kind in KINDS:
+        result.plot(kind, 0)
+    with pytest.raises(UsageError, match="was not asked for"):
+        result.plot(token=1)
+
+
+def run_cli(arguments: list[str]) -> int:
+    """Returns the exit code of a command line."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_command_line(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(tiny_folder), "-k", "2"]
+    out = str(tmp_path / "layers.csv")
+    verb = ["layers", "my fellow citizens", *options, "--layers", "1"]
+    assert run_cli([*verb, "--kind", "cumulative,to-end", "--json", "--out", out]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["layer"] for row in found["rows"]} == {1} and Path(out).is_file()
+    for wrong, said in (
+        (["layers"], "PROMPT or --store"),
+        ([*verb, "--modules", "ffn"], "unknown module 'ffn'"),
+        (["layers", "my", *options, "--layers", "5"], "--layers 5: the model has only 2 layers"),
+        ([*verb, "--prompt", "1"], "add --store"),
+        (["layers", "--store", "x.zarr", *options], "leave out"),
+        ([*verb, "--tol", "2"], "tol must be"),
+    ):
+        assert run_cli(wrong) == 2, wrong
+        error = capsys.readouterr().err
+        assert said in error and "Traceback" not in error and error.count("\n") <= 2
+
+
+def test_layers_of_a_stored_run(
+    tmp_path: Path,
+    tiny_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = str(tmp_path / "run.zarr")
+    run = ["run", "--text", "my fellow citizens", "--model", str(tiny_folder), "--k", "2"]
+    assert run_cli([*run, "--out", store]) == 0
+    assert open_results(store).prompts[0].layers == {}
+    verb = ["layers", "--store", store, "-k", "2", "--tol", "1e-5", "--kind", "cumulative,layerwise"]
+    assert run_cli(verb) == 0
+    prompt = open_results(store).prompts[0]
+    found = prompt.layers
+    assert len(found) == 2 * 3 * 2 and (1, "mlp", "cumulative") in found
+    assert found[1, "mlp", "layerwise"].name == "prompts/000000/layer_01/mlp_layerwise"
+    last = found[1, "residual", "cumulative"]
+    assert last.readout == "norm" and last.tokens == prompt.tokens
+    assert np.allclose(last.S, prompt.S, rtol=1e-5)  # the last layer's is the whole system
+    assert (last.status == Status.CONVERGED).all() and last.u_token.shape == (*last.S.shape, 5)
+    assert last.to_xarray()["S"].dims == ("token", "component")
+    capsys.readouterr()
+    assert run_cli(["verify", store]) == 0 and run_cli(["show", store]) == 0
+    assert run_cli(verb[:-2] + ["--tokens", "last:1"]) == 0  # replaces earlier ones
+    again = open_results(store).prompts[0].layers
+    assert (again[1, "mlp", "cumulative"].status[:-1] == Status.NOT_REQUESTED).all()
+    # killed while a group is written: it is not there, the others are, the next call makes it
+    module = sys.modules["elm_lanczos.stored_layers"]
+    written = module.PromptGroup.write_rows
+    monkeypatch.setattr(module.PromptGroup, "write_rows", interrupted)
+    assert run_cli(verb[:-2]) == 130
+    monkeypatch.setattr(module.PromptGroup, "write_rows", written)
+    assert len(open_results(store).prompts[0].layers) == len(again) - 1
+    assert run_cli(["verify", store, "--no-model"]) == 0
+    assert run_cli(verb[:-2]) == 0
+    assert len(open_results(store).prompts[0].layers) == len(again)
+    chunk = tmp_path / "run.zarr/prompts/000000/layer_01/mlp/S/c.0.0"
+    chunk.write_bytes(b"\0" + chunk.read_bytes()[1:])
+    capsys.readouterr()
+    assert run_cli(["verify", store, "--no-model"]) == 1
+    assert "layer_01/mlp" in capsys.readouterr().out
+
+
+def interrupted(*_: Any) -> None:
+    """Stands for Ctrl-C."""
+    raise KeyboardInterrupt

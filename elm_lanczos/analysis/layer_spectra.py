@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -288,10 +289,7 @@ def layers(
     for kind, batch, plan in work:
         cost = _predicted(batch, plan)
 
-        def tell(made: int, batch: LayerOperators = batch, cost: int = cost) -> None:
-            if progress is not None:
-                progress(before + min(cost, int(made * batch.row_cost)), total)
-
+        tell = partial(_tell, progress, before, cost, total, batch.row_cost)
         for key, found in _solved(batch, plan, tell):
             words = decode_triplets(found, lin.model, top)
             results[kind, *key] = LayerTriplets(
@@ -412,12 +410,10 @@ def _batch(
 
 
 def _plan(batch: LayerOperators, memory: int, k: int, tol: float, seed: int) -> Plan:
-    """The matrix-free method that takes fewer passes, given what a row of all operators costs.
-
-    A stream costs many times what it does for the tokens of one Jacobian, and wider blocks save
-    one: of the bundled model's layers, some Jacobians need a third with the width that is enough
-    there, and none with half as much more.
-    """
+    """The matrix-free method that takes fewer passes, given what a row of all operators costs."""
+    # A stream costs many times what it does for the tokens of one Jacobian, and wider blocks save
+    # one: of the bundled model's layers, some need a third one with the width that is enough there,
+    # and none with half as much more.
     stream = plan_for(batch, k, "stream", tol, seed, memory)
     width = min(batch.shape[1], batch.shape[2], stream.width * 3 // 2)
     stream = replace(
@@ -432,6 +428,14 @@ def _plan(batch: LayerOperators, memory: int, k: int, tol: float, seed: int) -> 
     if plan.refusal:
         raise UsageError(plan.refusal)
     return plan
+
+
+def _tell(
+    progress: Progress | None, before: int, most: int, total: int, row_cost: float, made: int
+) -> None:
+    """Tells how much is done, of a batch no more than was predicted."""
+    if progress is not None:
+        progress(before + min(most, int(made * row_cost)), total)
 
 
 def _predicted(batch: LayerOperators, plan: Plan) -> int:

@@ -14,7 +14,7 @@ from elm_lanczos.errors import UsageError
 
 @app.command(
     epilog="Examples:  elm-lanczos layers 'the Soviet Union and the'  ·  "
-    "elm-lanczos layers 'my fellow' --layers 0,4,7 --kind cumulative,layerwise --out layers.png  ·  "
+    "elm-lanczos layers 'my fellow' --layers 0,4,7 --kind layerwise --out layers.png  ·  "
     "elm-lanczos layers --store runs/demo.zarr --prompt 1"
 )
 @analysis
