@@ -380,6 +380,17 @@ def test_norms_that_are_not_one_map_have_pulls_of_their_own() -> None:
     assert raw.readout == "raw"
 
 
+def test_a_row_of_all_layers_is_two_pulls_a_layer() -> None:
+    lin = detached_model("llama").linearize(PROMPT)
+    sub = Sublayers(lin.decoder)
+    expected = {"cumulative": 1 + 2 * 3 + 2 * (1 + 2), "layerwise": 1 + 2 * 3, "to-end": 1 + 2}
+    for kind in KINDS:
+        ((batch, _),) = _work(sub, kind, range(3), MODULES, range(9), "norm", (2, 1e-3, 0))
+        before = lin.decoder.pushed
+        batch.rows(torch.ones(5, 32, dtype=torch.float64))
+        assert lin.decoder.pushed - before == 5 * expected[kind]  # one of them is the norm
+
+
 def test_memory_that_has_no_room_for_all_layers_makes_groups() -> None:
     model = detached_model("llama")
     ids = PROMPT

@@ -123,10 +123,9 @@ def _path(axes: Axes, some: Any, modules: list[str], layers: list[int], row: int
         )  # fmt: skip
     axes.axhline(0, color=BLACK, linewidth=0.3)
     axes.axvline(0, color=BLACK, linewidth=0.3)
-    axes.set_xlim(-1.1, 1.1)
-    axes.set_ylim(-1.1, 1.1)
-    axes.set_aspect("equal")
-    axes.set_title("path of u₁")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -0.3), max(high, 0.3))
+    axes.set_title("path of u₁, from dark to light")
     axes.set_xlabel(f"on u₁ of layer {last}")
     axes.set_ylabel("on u₂")
 
