@@ -307,7 +307,9 @@ def test_triplets_are_those_of_the_explicit_matrices(kind: str, tokens: list[int
     lin = detached_model("qwen3").linearize(PROMPT)
     result = layers(lin, kinds=[kind], k=3, tol=1e-10, tokens=tokens)
     _, J = operators(lin, kind)
-    assert result.doubts == [] and set(result.results) == {(kind, *key) for key in J}
+    assert result.doubts == [] and set(result.results) == {
+        (kind, layer + 1, module) for layer, module in J
+    }
     for (layer, module), matrices in J.items():
         one = result.results[kind, layer + 1, module]
         assert one.index == tuple(tokens or range(9))
@@ -443,7 +445,8 @@ def test_what_has_not_converged_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 def test_bad_options_are_refused_in_one_line() -> None:
     lin = detached_model("llama").linearize(PROMPT)
     for options, said in (
-        ({"layers": [3]}, "layers"),
+        ({"layers": [4]}, "layers"),
+        ({"layers": [0]}, "layers"),
         ({"tokens": [9]}, "token"),
         ({"modules": ["ffn"]}, "ffn"),
         ({"kinds": []}, "kind"),
