@@ -11,6 +11,7 @@ from elm_lanczos.errors import UsageError
 
 if TYPE_CHECKING:
     from elm_lanczos.report.record import Words
+    from elm_lanczos.store import Results
 
 
 @app.command(epilog="Example:  elm-lanczos show runs/demo.zarr --prompt 2")
@@ -30,18 +31,35 @@ def show(
 
     silence_libraries()
     results = open_results(store)
-    numbers = range(1, len(results) + 1)
-    for number in prompt or ():
-        if number not in numbers:
-            raise UsageError(f"--prompt {number}: {store} has prompts 1 to {len(results)}")
+    numbers = chosen_prompts(results, prompt)
     words = words_of(results.attrs)
     with JsonLines() if json else Terminal() as observer:
         observer.opened(results.path, words)
-        for number in prompt or numbers:
+        for number in numbers:
             result = results[number - 1]
             for prediction in (result, *result.positions.values()):
                 observer.started(number - 1, len(results), prediction.text)
                 observer.finished(prediction)
+
+
+def chosen_prompts(results: Results, prompt: list[int] | None) -> list[int]:
+    """Returns the numbers of prompts given, or all, from 1.
+
+    Args:
+        results: the store.
+        prompt: the numbers given.
+
+    Returns:
+        Numbers of prompts that the store has.
+
+    Raises:
+        UsageError: if it has not one of them.
+    """
+    numbers = range(1, len(results) + 1)
+    for number in prompt or ():
+        if number not in numbers:
+            raise UsageError(f"--prompt {number}: {results.path} has prompts 1 to {len(results)}")
+    return list(prompt or numbers)
 
 
 def words_of(attrs: Any) -> Words:
