@@ -117,7 +117,6 @@ function drawSpectrum(place, prediction, i, direction, choose) {
       hovertemplate: "σ<sub>%{customdata}</sub> = %{y:.4g}<br>%{text}<extra></extra>",
     },
   ];
-  const positive = values.every((value) => value > 0);
   const step = Math.ceil(prediction.k / 12);
   const ticks = x.filter((j) => j % step === 0);
   const layout = layoutOf(300, {
@@ -128,20 +127,32 @@ function drawSpectrum(place, prediction, i, direction, choose) {
       range: [-0.5, prediction.k - 0.5],
       showgrid: false,
     },
-    yaxis: { title: { text: "σ" }, type: positive ? "log" : "linear", ...decades },
+    yaxis: { title: { text: "σ" }, ...sizeAxis([...values, ...typical.low, ...typical.high]) },
   });
   drawChart(place, traces, layout, (point) => choose(point.pointNumber));
 }
 
-/** Ticks of a logarithmic axis, readable within a single decade too. */
-const decades = { dtick: undefined, nticks: 6, exponentformat: "power", minexponent: 4 };
+/** An axis of sizes: logarithmic where all are positive, with ticks that are read within a decade. */
+function sizeAxis(values) {
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  if (!(low > 0) || !Number.isFinite(high)) return { type: "linear", rangemode: "tozero" };
+  const steps = high / low > 1e4 ? [1] : high / low > 30 ? [1, 3] : [1, 2, 3, 5, 7];
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    for (const step of steps) {
+      const tick = step * 10 ** power;
+      if (tick >= low / 1.3 && tick <= high * 1.3) ticks.push(tick);
+    }
+  }
+  return { type: "log", tickvals: ticks, ticktext: ticks.map(figure) };
+}
 
 /** Draws attribution, σ₁ and stable rank along the tokens. */
 function drawOverview(place, prediction, token, choose) {
   const count = prediction.tokens;
   const x = [...Array(count).keys()];
   const names = x.map((i) => `${i} ${plain(prediction.token(i))}`);
-  const few = count <= 300;
+  const few = count <= 120;
   const leading = Float32Array.from(x, (i) => prediction.value("S", i, 0));
   const rows = [
     ["attribution", prediction.get("attribution"), "accent"],
@@ -155,11 +166,19 @@ function drawOverview(place, prediction, token, choose) {
     mode: few ? "lines+markers" : "lines",
     line: { color: colour(tone), width: few ? 1.2 : 0.8 },
     marker: { size: 4 },
-    fill: row === 0 ? "tozeroy" : undefined,
-    fillcolor: colour("band"),
+    opacity: count > SMOOTHED ? 0.45 : 1,
     text: names,
     hovertemplate: `%{text}<br>${name} %{y:.4g}<extra></extra>`,
   }));
+  if (few) {
+    const shades = traces[0].y.map((share) => colour(share < 0 ? "negative" : "accent"));
+    Object.assign(traces[0], { type: "bar", textposition: "none", marker: { color: shades } });
+  }
+  if (count > SMOOTHED) {
+    for (const [row, [name, values, tone]] of rows.entries()) {
+      traces.push(runningMedian(values, name, { yaxis: `y${row + 1}`, line: { color: colour(tone), width: 2 } }));
+    }
+  }
   const missed = x.filter((i) => prediction.status(i) === "not converged");
   traces.push({
     x: missed,
@@ -186,6 +205,23 @@ function drawOverview(place, prediction, token, choose) {
     hoverdistance: 40,
   });
   return drawChart(place, traces, layout, (point) => choose(point.x));
+}
+
+/** Tokens beyond which a running median is drawn over the curves. */
+const SMOOTHED = 1000;
+
+/** The median of a curve within windows that slide along it. */
+function runningMedian(values, name, more) {
+  const windows = 160;
+  const width = Math.ceil(values.length / windows) * 2;
+  const x = [...Array(windows).keys()].map((n) => Math.round(((n + 0.5) * values.length) / windows));
+  const y = x.map((middle) => {
+    const start = Math.max(0, middle - width / 2);
+    const sorted = Float32Array.from(values.slice(start, start + width)).filter(Number.isFinite).sort();
+    return sorted[sorted.length >> 1];
+  });
+  const hovertemplate = `median of ${width} tokens around %{x}<br>${name} %{y:.4g}<extra></extra>`;
+  return { x, y, mode: "lines", hovertemplate, ...more };
 }
 
 /** A text that fits below an axis. */
@@ -248,7 +284,7 @@ function drawLayerCurves(place, layers, token) {
   const ranks = layers.map((layer) => layer.get("stable_rank")[token]);
   const layout = layoutOf(320, {
     xaxis: { anchor: "y2", title: { text: "layer" }, showgrid: false },
-    yaxis: { domain: [0.55, 1], title: { text: "σ₁" }, type: leading.every((s) => s > 0) ? "log" : "linear", ...decades },
+    yaxis: { domain: [0.55, 1], title: { text: "σ₁" }, ...sizeAxis(leading) },
     yaxis2: { domain: [0, 0.45], title: { text: "stable rank" }, rangemode: "tozero" },
   });
   const traces = [trace(leading, "y", "second", "σ₁"), trace(ranks, "y2", "third", "stable rank")];

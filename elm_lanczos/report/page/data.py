@@ -134,13 +134,14 @@ def run_data(results: Results, numbers: Iterable[int]) -> dict[str, Any]:
     prompts = []
     for number in numbers:
         prompt = results[number - 1]
-        further = prompt.positions
+        predictions = [prompt, *prompt.positions.values()]
         prompts.append(
             {
                 "number": number,
                 "id": legible(prompt.id),
                 "text": legible(prompt.prompt),
-                "positions": [prompt.position, *further],
+                "positions": [prediction.position for prediction in predictions],
+                "predicted": [_predicted(prediction) for prediction in predictions],
             }
         )
     return {
@@ -233,16 +234,17 @@ def certificate_figures(certificate: Mapping[str, Any]) -> dict[str, Any] | None
     required = [f.name for f in dataclasses.fields(Certificate) if f.default is dataclasses.MISSING]
     numbers = {name: _number(known.get(name)) for name in required}
     whole = Certificate(**(known | numbers))
+    failures = certificate.get("failures", whole.failures)  # as JSON has it, NaN is missing
     rows = [
         {
             "name": name,
+            "meets": name not in failures,
             "value": getattr(whole, name),
             "bound": whole.bounds.get(name),
             "meaning": FIGURES[name],
         }
         for name in FIGURES
     ]
-    failures = certificate.get("failures", whole.failures)  # NaN is not in strict JSON
     return {
         "exact": certificate.get("exact", whole.exact),
         "failures": failures,
@@ -281,6 +283,12 @@ def layers_data(result: PromptResult, vocabulary: Vocabulary) -> list[dict[str, 
         }
         for (layer, module, kind), found in layers.items()
     ]
+
+
+def _predicted(result: PromptResult) -> str:
+    """The word that is predicted; empty while it is not known."""
+    predicted: Any = result.attrs.get("predicted") or []
+    return token_text(predicted[0]["token"]) if predicted else ""
 
 
 def _logit(result: PromptResult) -> dict[str, float] | None:

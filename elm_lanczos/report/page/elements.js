@@ -31,6 +31,11 @@ function figure(value) {
   return String(Number(value.toPrecision(4))).replace("-", "−");
 }
 
+/** A score, as all of its list: with three decimals unless it is large. */
+function scoreFigure(value) {
+  return Math.abs(value) < 100 ? value.toFixed(3).replace("-", "−") : figure(value);
+}
+
 /** A number with its sign. */
 function signed(value) {
   return value > 0 ? `+${figure(value)}` : figure(value);
@@ -50,7 +55,7 @@ function errorFigure(value) {
 
 /** A time in words. */
 function duration(seconds) {
-  if (seconds < 90) return `${figure(seconds)} s`;
+  if (seconds < 90) return `${Number(seconds.toPrecision(2))} s`;
   return seconds < 5400 ? `${(seconds / 60).toFixed(1)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
 

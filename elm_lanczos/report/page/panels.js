@@ -43,8 +43,8 @@ function showHeading(prediction) {
     `${prediction.tokens} token${prediction.tokens === 1 ? "" : "s"}`,
     `k = ${prediction.k}`,
     prediction.method,
-    prediction.seconds === null ? "not finished" : duration(prediction.seconds),
   ];
+  if (prediction.seconds !== null) facts.push(duration(prediction.seconds));
   if (prompt.id !== `${prompt.number - 1}`) facts.splice(1, 0, `id ${prompt.id}`);
   $("prompt-facts").replaceChildren(
     ...facts.flatMap((fact) => [element("bdi", {}, fact), " · "]).slice(0, -1),
@@ -71,7 +71,8 @@ function showPositions(prompt) {
           "aria-selected": index === STATE.position,
           onclick: () => choose({ position: index }),
         },
-        `position ${position}`,
+        `${position} → `,
+        word(prompt.predicted[index]),
       ),
     ),
   );
@@ -192,10 +193,13 @@ function tokenElement(prediction, i, relatives) {
   return made;
 }
 
+/** |cosine| from which a token is ringed in the text. */
+const ALIKE = 0.5;
+
 /** The tokens that share the selected direction. */
 function relatives(prediction) {
   const found = ["u", "v"].flatMap((side) => prediction.near(side, STATE.token, STATE.direction) ?? []);
-  return new Set(found.filter(({ cosine }) => Math.abs(cosine) >= 0.5).map(({ token }) => token));
+  return new Set(found.filter(({ cosine }) => Math.abs(cosine) >= ALIKE).map(({ token }) => token));
 }
 
 const COLUMNS = [
@@ -315,11 +319,13 @@ function revealWithin(list, child) {
 /** Shows the selected direction: its words with scores, and the tokens that share it. */
 function showDirection(prediction) {
   const { token: i, direction: j } = STATE;
+  const relative = prediction.value("S", i, j) / prediction.value("S", i, 0);
+  const part = relative ** 2 / prediction.get("stable_rank")[i];
   $("direction-title").replaceChildren(`Direction ${j + 1} of `, word(prediction.token(i)));
   $("direction-facts").textContent =
     `σ = ${figure(prediction.value("S", i, j))} ± ${errorFigure(prediction.value("error_bound", i, j))} · ` +
     `residual ${errorFigure(prediction.value("residual", i, j))} · ` +
-    `${percent((prediction.value("S", i, j) / prediction.value("S", i, 0)) ** 2)} of σ₁²`;
+    `${percent(part)} of ‖J‖²`;
   for (const [side, place] of [["v", "reads"], ["u", "writes"]]) {
     showWords($(place), prediction.words(side, i, j));
     showNear($(`near-${side}`), prediction, side, prediction.near(side, i, j));
@@ -336,7 +342,7 @@ function showWords(place, words) {
         {},
         word(text),
         element("span", { class: "meter", "--part": `${(100 * Math.abs(score)) / largest}%` }),
-        element("span", { class: "n" }, figure(score)),
+        element("span", { class: "n" }, scoreFigure(score)),
       ),
     ),
   );
@@ -345,10 +351,10 @@ function showWords(place, words) {
 /** Lists the directions of other tokens that are nearest to the selected one. */
 function showNear(place, prediction, side, found) {
   if (found === null) {
-    const most = prediction.compared;
-    place.replaceChildren(
-      element("p", { class: "quiet" }, `Not compared: the prompt is so long that only ${most ? `the first ${most} directions of each token were` : "its shares were computed, no cosines"}.`),
-    );
+    const few = `only the first ${prediction.compared} direction(s) of each token are compared.`;
+    const none = "directions are not compared.";
+    const why = `So many tokens: ${prediction.compared ? few : none}`;
+    place.replaceChildren(element("p", { class: "quiet" }, why));
     return;
   }
   if (!found.length) place.replaceChildren(element("p", { class: "quiet" }, "There is no other token."));
@@ -359,7 +365,7 @@ function showNear(place, prediction, side, found) {
           "button",
           { type: "button", onclick: () => choose({ token, direction }) },
           element("span", { class: "n cosine" }, cosine.toFixed(3).replace("-", "−")),
-          element("span", { class: "meter", "--part": `${100 * Math.abs(cosine)}%` }),
+          element("span", { class: cosine < 0 ? "meter opposite" : "meter", "--part": `${100 * Math.abs(cosine)}%` }),
           element("span", { class: "name" }, element("span", { class: "number" }, `${token}`), word(prediction.token(token)), element("span", { class: "quiet" }, ` ${direction + 1}`)),
           element("span", { class: "line quiet" }, ...spaced(prediction.words(side, token, direction).slice(0, 6).map(({ text }) => word(text)))),
         ),

@@ -20,7 +20,7 @@ class VirtualRows {
   /** Shows so many rows. */
   show(count) {
     this.count = count;
-    this.body.style.height = `${count * this.height}px`;
+    this.body.style.height = this.frame.style.height = `${count * this.height}px`;
     this.refresh();
   }
 
@@ -47,14 +47,12 @@ class VirtualRows {
     this.body.replaceChildren(...rows);
   }
 
-  /** Scrolls a row into view. */
+  /** Scrolls a row into view, to the middle if it was not there. */
   reveal(row) {
     const top = row * this.height;
     const { scrollTop, clientHeight } = this.frame;
-    if (top < scrollTop) this.frame.scrollTop = top;
-    else if (top + this.height > scrollTop + clientHeight) {
-      this.frame.scrollTop = top + this.height - clientHeight;
-    }
+    const seen = top >= scrollTop && top + this.height <= scrollTop + clientHeight;
+    if (!seen) this.frame.scrollTop = top - (clientHeight - this.height) / 2;
     this.draw();
   }
 }
