@@ -40,9 +40,9 @@ from elm_lanczos.store import PromptResult, open_results
 from tests.page_cases import FIGURES, MadeUpRun, long_prompt
 
 HOSTILE = [
-    "<script>window.hacked=1</script><img src=x onerror=\"window.hacked=2\"> & 'q' \"dq\"",
+    '<script>window.hacked=1</script><img src=x onerror="window.hacked=2"> & \'q\' "dq"',
     "</script><script>window.hacked=3</script><!-- --><style>body{display:none}</style> {{7*7}}",
-    "控制 Россия العربية Tiếng Việt 🎉 \u2028 \u2029 \u202e evil \x1b[31m \x07 \u200f \ufeff $x^2$",
+    "控制 Рос العربية Việt 🎉\u2028\u202e\x1b[31m\u200f $x^2$",
     "%{y} <b>bold</b> <a href='javascript:window.hacked=4'>link</a>\nsecond line",
 ]
 CHROMIUM = next(
@@ -65,14 +65,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(folder: Path) -> Path:
-    """A run over hostile prompts, the first with two further predictions."""
+def store(folder: Path, tiny_folder: Path) -> Path:
+    """A run over hostile prompts, with two predictions of each."""
     texts = ["the Soviet Union and the", *HOSTILE]
     (folder / "prompts.jsonl").write_text(
         "".join(json.dumps({"id": f"<b>{n}</b>", "text": t}) + "\n" for n, t in enumerate(texts))
     )
     path = folder / "run.zarr"
-    config = RunConfig(seq_file=str(folder / "prompts.jsonl"), k=3, out=str(path), generate=2, top=4)
+    config = RunConfig(
+        model=str(tiny_folder),
+        seq_file=str(folder / "prompts.jsonl"),
+        out=str(path),
+        k=3,
+        generate=2,
+        top=4,
+        tokens="last:6",
+    )
     run(config, Terminal(quiet=True))
     return path
 
@@ -135,7 +143,10 @@ def test_nothing_of_a_text_is_markup_or_steers() -> None:
     assert script.isascii() and not set("<>&") & set(script)
     assert json.loads(script) == [*value[:2], None, "Infinity"]
     assert legible("\u202ea\u200fb\x1b\x00\n\r\n") == "\\u202ea\\u200fb\\x1b\\x00⏎⏎"
-    assert legible("👩\u200d👧 می\u200cخواهم العربية Việt 和平") == "👩\u200d👧 می\u200cخواهم العربية Việt 和平"
+    assert (
+        legible("👩\u200d👧 می\u200cخواهم العربية Việt 和平")
+        == "👩\u200d👧 می\u200cخواهم العربية Việt 和平"
+    )
     assert [token_text(t) for t in (" a", "", "  ")] == ["␣a", "∅", "␣ "]
 
 
@@ -186,14 +197,20 @@ class _Elements(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.found: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
+        self.inside = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
         if tag == "script":
             self.scripts.append("")
 
+        self.inside = tag == "script"
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
     def handle_data(self, data: str) -> None:
-        if self.found and self.found[-1][0] == "script" and self.lasttag == "script":
+        if self.inside:
             self.scripts[-1] += data
 
 
@@ -203,7 +220,7 @@ def test_page_is_one_file_that_runs_its_own_two_scripts_and_asks_for_nothing(htm
     elements.feed(text)
     tags = [tag for tag, _ in elements.found]
     assert "img" not in tags and "link" not in tags and "iframe" not in tags
-    assert tags.count("script") == 1 + 5 * 3 + 2  # the run, its predictions, the programs
+    assert tags.count("script") == 1 + 5 * 2 + 2  # the run, its predictions, the programs
     assert tags.count("style") == 1
     for tag, attributes in elements.found:
         assert not {"src", "href"} & set(attributes), tag
@@ -227,8 +244,11 @@ def test_page_holds_the_numbers_of_the_store(store: Path, html: Path) -> None:
     index = np.frombuffer(base64.b64decode(data["arrays"]["u_near"]["data"]), "<i4")
     np.testing.assert_array_equal(index.reshape(len(result.tokens), 3, -1), nearest(result.U).index)
     words = np.frombuffer(base64.b64decode(data["arrays"]["v_word"]["data"]), "<u2")
-    assert data["text"] == result.text and (words > 0).all() and max(words) < len(whole["vocabulary"])
-    assert data["predicted"][0]["word"] == "␣United"
+    assert (
+        data["text"] == result.text and (words > 0).all() and max(words) < len(whole["vocabulary"])
+    )
+    predicted: Any = result.attrs["predicted"]
+    assert data["predicted"][0]["word"] == token_text(predicted[0]["token"])
 
 
 def test_page_of_a_run_that_has_not_ended_shows_what_there_is(
@@ -277,19 +297,21 @@ def test_command_writes_page_and_figures(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = command(store, "--prompt", 1, "--figures", tmp_path / "figures")
-    assert (code, err) == (0, "") and "written: run.html" in out and "6 figures" in out
+    assert (code, err) == (0, "") and "written: run.html" in out and "4 figures" in out
     text = (tmp_path / "run.html").read_text()
-    assert text.count('class="prediction"') == 3
+    assert text.count('class="prediction"') == 2
     assert not os.fspath(tmp_path) in text
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert len(names) == 12 and names[0] == "prompt-0001-position-0006-sequence.png"
+    assert len(names) == 8 and names[0] == "prompt-0001-position-0006-sequence.png"
     assert all((tmp_path / "figures" / name).stat().st_size > 1000 for name in names)
 
 
 def test_mistakes_get_one_line(command: Any, store: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.zarr"
     shutil.copytree(store, damaged)
-    shard = next(path for path in (damaged / "prompts/000001/S").iterdir() if path.name != "zarr.json")
+    shard = next(
+        path for path in (damaged / "prompts/000001/S").iterdir() if path.name != "zarr.json"
+    )
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0x55
     shard.write_bytes(content)
@@ -420,11 +442,11 @@ def test_a_visit_by_keys(visit: Any, html: Path) -> None:
 @needs_browser
 def test_search_finds_prompts_tokens_and_words(visit: Any, html: Path) -> None:
     tab = visit(html)
-    for query, expected in [("россия", "Prompts"), ("Soviet", "Tokens"), ("United", "words")]:
+    for query, expected in [("рос", "Prompts"), ("Soviet", "Tokens"), ("a", "words")]:
         tab.fill("#query", query)
-        tab.wait_for_function(f"document.querySelector('#found').innerText.includes('{expected}')")
+        tab.locator("#found", has_text=expected).wait_for()
     tab.fill("#query", "no such thing")
-    tab.wait_for_function("document.querySelector('#found').innerText.includes('Nothing')")
+    tab.locator("#found", has_text="Nothing").wait_for()
     tab.fill("#query", "<img")
     tab.wait_for_selector("#found button")
     assert tab.locator("#found img").count() == 0
@@ -440,7 +462,7 @@ def test_the_address_restores_a_state_and_follows_a_link(visit: Any, html: Path)
     assert "Union" in tab.inner_text("#token-title") and "3" in tab.inner_text("#direction-title")
     assert tab.locator("#positions [aria-selected=true]").inner_text().startswith("6")
     tab.evaluate("location.hash = '#prompt=2&token=1'")
-    tab.wait_for_function("document.getElementById('prompt-text').textContent.includes('hacked')")
+    tab.locator("#prompt-text", has_text="hacked").wait_for()
     for wrong in ("#prompt=99&token=-5&direction=1e9", "#token=x&%%%", "#position=77&theme=red"):
         tab.evaluate(f"location.hash = '{wrong}'")
         tab.wait_for_timeout(100)
@@ -453,18 +475,17 @@ def test_hostile_prompts_are_text_and_legible(visit: Any, html: Path, scheme: st
     tab = visit(html, color_scheme=scheme)
     for number, text in enumerate(HOSTILE, start=2):
         tab.evaluate(f"location.hash = '#prompt={number}'")
-        tab.wait_for_function(f"document.querySelector('#prompt-facts').innerText.includes('Prompt {number} ')")
+        tab.locator("#prompt-facts", has_text=f"Prompt {number} ").wait_for()
         assert tab.inner_text("#prompt-text").replace("\xa0", " ").startswith(legible(text)[:20])
         assert tab.locator("main img, main a, main style").count() == 0
         count = tab.locator("#strip .token").count()
         for i in range(0, min(count, 40), 7):
             tab.evaluate(f"location.hash = '#prompt={number}&token={i}'")
+        tab.evaluate(f"location.hash = '#prompt={number}&direction=2'")  # a token with triplets
+        tab.locator("#direction-title", has_text="Direction 2").wait_for()
         tab.hover("#spectrum .point >> nth=0", force=True)
         tab.wait_for_timeout(50)
-    assert "العربية" in tab.evaluate(
-        "document.getElementById('run').textContent && JSON.parse(document.getElementById('run')"
-        ".textContent).prompts[3].text"
-    )
+    assert "العربية" in tab.inner_text("#prompt-3 .text")
     ratios = tab.evaluate(_CONTRAST)
     assert min(ratios.values()) >= 4.5, ratios
 

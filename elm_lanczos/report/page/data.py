@@ -44,7 +44,8 @@ _JOINERS = "\u200c\u200d"
 def legible(text: str) -> str:
     """Returns text with control, direction and invisible characters spelt out, `⏎` for newlines."""
     return "".join(
-        c if c in _JOINERS else "⏎" if c == "\n" else printable(c) for c in text.replace("\r\n", "\n")
+        c if c in _JOINERS else "⏎" if c == "\n" else printable(c)
+        for c in text.replace("\r\n", "\n")
     )
 
 
