@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class MadeUpRun(list[SimpleNamespace]):
 
     path = Path("made-up.zarr")
     complete = True
-    attrs: dict[str, object] = {"title": "made up"}
+    attrs: ClassVar[dict[str, object]] = {"title": "made up"}
 
     def group(self, name: str) -> SimpleNamespace:
         """The prediction of a name."""

@@ -300,7 +300,7 @@ def test_command_writes_page_and_figures(
     assert (code, err) == (0, "") and "written: run.html" in out and "4 figures" in out
     text = (tmp_path / "run.html").read_text()
     assert text.count('class="prediction"') == 2
-    assert not os.fspath(tmp_path) in text
+    assert os.fspath(tmp_path) not in text
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert len(names) == 8 and names[0] == "prompt-0001-position-0006-sequence.png"
     assert all((tmp_path / "figures" / name).stat().st_size > 1000 for name in names)
@@ -395,7 +395,7 @@ def test_a_visit_by_mouse(visit: Any, html: Path, store: Path) -> None:
     token, direction = divmod(int(near.index[2, 1, 0]), 3)
     assert f"token={token}&direction={direction + 1}" in tab.url
     tab.locator("#positions button").nth(1).click()
-    assert f"position={list(result.positions)[0]}" in tab.url
+    assert f"position={next(iter(result.positions))}" in tab.url
     tab.click("#prompt-2")
     assert "prompt=3" in tab.url and tab.inner_text("#prompt-text").startswith("</script>")
     tab.click("#view-table")
@@ -498,12 +498,17 @@ _CONTRAST = """() => {
       c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; });
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort(); return (y + 0.05) / (x + 0.05); };
+  const ratio = (a, b) => {
+    const [x, y] = [light(a), light(b)];
+    return (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05);
+  };
   const style = getComputedStyle(document.documentElement);
   const value = (name) => style.getPropertyValue('--' + name).trim();
   const found = {};
   for (const name of ['text', 'quiet', 'good', 'bad', 'unsure']) {
-    for (const ground of ['surface', 'page']) found[name + ' on ' + ground] = ratio(value(name), value(ground));
+    for (const ground of ['surface', 'page']) {
+      found[name + ' on ' + ground] = ratio(value(name), value(ground));
+    }
   }
   for (const name of ['positive', 'negative']) {
     const tint = `color-mix(in srgb, ${value(name)} 62%, ${value('surface')})`;

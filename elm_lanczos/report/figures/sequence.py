@@ -39,22 +39,20 @@ def draw(result: PromptResult, words: Words) -> Figure:
         words: texts of token ids.
 
     Returns:
-        A figure of three panels; the largest attributions are named with the leading word that
-        their token reads and writes.
+        A figure of three panels, and above them the tokens of the largest attributions with the
+        leading word that each reads and writes.
     """
-    drawing = figure(5.4)
-    share, sigma, rank = drawing.subplots(3, 1, sharex=True, height_ratios=[1.5, 1, 1])
+    drawing = figure(6.8)
+    names, share, sigma, rank = drawing.subplots(4, 1, sharex=True, height_ratios=[1.6, 1.2, 1, 1])
     places = np.arange(len(result.tokens))
-    share.bar(
-        places,
-        np.nan_to_num(result.attribution),
-        color=np.where(np.nan_to_num(result.attribution) >= 0, BLUE, VERMILION),
-        width=0.8 if len(places) <= _FEW else 1.0,
-        rasterized=len(places) > 1000,
-    )
+    values = np.nan_to_num(result.attribution)
+    colours = np.where(values >= 0, BLUE, VERMILION)
+    width = 8.0 if len(places) <= 20 else 2.0 if len(places) <= _FEW else 0.5
+    share.vlines(places, 0, values, colors=colours, linewidth=width)
     share.axhline(0, color=BLACK, linewidth=0.5)
     share.set_ylabel("attribution")
-    _name_largest(share, result, words)
+    share.grid(axis="y", linewidth=0.3)
+    _name_largest(names, result, words)
     _curve(sigma, places, result.S[:, 0], GREEN, "σ₁")
     missed = np.flatnonzero(result.status == Status.NOT_CONVERGED)
     if len(missed):
@@ -64,43 +62,39 @@ def draw(result: PromptResult, words: Words) -> Figure:
     _curve(rank, places, result.stable_rank, ORANGE, "stable rank")
     token_axis(rank, result.tokens)
     title = legible(result.text if len(result.text) <= 80 else f"…{result.text[-79:]}")
-    share.set_title(title)
+    drawing.suptitle(title, fontsize=9.5)
     return drawing
 
 
 def _curve(axes: Axes, places: Array, values: Array, colour: str, name: str) -> None:
     marker = "." if len(places) <= _FEW else ""
-    axes.plot(places, values, color=colour, linewidth=0.8, marker=marker, markersize=4)
+    axes.plot(
+        places,
+        values,
+        color=colour,
+        linewidth=0.8 if len(places) <= 1000 else 0.3,
+        marker=marker,
+        markersize=4,
+    )
     axes.set_ylabel(name)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", linewidth=0.3)
 
 
 def _name_largest(axes: Axes, result: PromptResult, words: Words) -> None:
-    """Names the largest attributions, as many as do not overlap."""
-    share = np.nan_to_num(result.attribution)
-    count = len(share)
-    low, high = min(0.0, float(share.min())), max(0.0, float(share.max()))
-    room = (high - low) or 1.0
-    axes.set_ylim(low - 0.62 * room * (low < 0), high + 0.75 * room)
-    apart = 0.028 * count  # a line of text across
+    """Names the largest attributions above their places, as many as do not overlap."""
+    axes.set_axis_off()
+    axes.set_ylim(0, 1)
+    size = np.abs(np.nan_to_num(result.attribution))
+    apart = 0.02 * len(size)  # a line of text across
     named: list[int] = []
-    for i in np.argsort(-np.abs(share), kind="stable").tolist():
-        if len(named) == _NAMED or abs(share[i]) < 0.02 * room:
+    for i in np.argsort(-size, kind="stable").tolist():
+        if len(named) == _NAMED:
             break
         if all(abs(i - other) >= apart for other in named):
             named.append(i)
-            above = share[i] >= 0
-            axes.annotate(
-                _label(result, words, i),
-                (i, share[i]),
-                xytext=(0, 3 if above else -3),
-                textcoords="offset points",
-                rotation=90,
-                ha="center",
-                va="bottom" if above else "top",
-                fontsize=6.5,
-            )
+            label = _label(result, words, i)
+            axes.text(i, 0.02, label, rotation=90, ha="center", va="bottom", fontsize=6.5)
 
 
 def _label(result: PromptResult, words: Words, token: int) -> str:
@@ -112,4 +106,4 @@ def _label(result: PromptResult, words: Words, token: int) -> str:
         for ids in (result.v_token, result.u_token)
     )
     label = f"{name}: {read} → {written}"
-    return label if len(label) <= 30 else label[:29] + "…"
+    return label if len(label) <= 28 else label[:27] + "…"

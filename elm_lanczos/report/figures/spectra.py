@@ -25,7 +25,7 @@ _TOKENS = 12
 _DIRECTIONS = 3
 """Leading directions whose words stand beside a spectrum."""
 
-_CHARACTERS = 42
+_CHARACTERS = 32
 """Room for the words of one side."""
 
 
@@ -118,4 +118,4 @@ def _line(words: list[str]) -> str:
         if line and len(line) + 2 + len(shown) > _CHARACTERS:
             break
         line += ("  " if line else "") + shown
-    return line if len(line) <= _CHARACTERS + 8 else line[: _CHARACTERS + 7] + "…"
+    return line if len(line) <= _CHARACTERS else line[: _CHARACTERS - 1] + "…"
