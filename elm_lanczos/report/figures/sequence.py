@@ -43,7 +43,7 @@ def draw(result: PromptResult, words: Words) -> Figure:
         leading word that each reads and writes.
     """
     drawing = figure(6.8)
-    names, share, sigma, rank = drawing.subplots(4, 1, sharex=True, height_ratios=[1.6, 1.2, 1, 1])
+    names, share, sigma, rank = drawing.subplots(4, 1, sharex=True, height_ratios=[1.35, 1.2, 1, 1])
     places = np.arange(len(result.tokens))
     values = np.nan_to_num(result.attribution)
     colours = np.where(values >= 0, BLUE, VERMILION)

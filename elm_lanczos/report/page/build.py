@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from elm_lanczos.report.page.data import (
 from elm_lanczos.report.record import Words
 from elm_lanczos.status import Status
 from elm_lanczos.store import Results
+from elm_lanczos.store.layout import Array
 
 _PROGRAM = ("data.js", "elements.js", "virtual.js", "charts.js", "panels.js", "page.js")
 """The files of the page's own program, in the order in which they are joined."""
@@ -89,7 +91,7 @@ def page(
                 prediction_data(
                     results.group(name),  # not kept, so that its arrays are freed
                     vocabulary,
-                    lambda side, name=name: getattr(results.group(name), side),
+                    partial(_vectors, results, name),
                 )
             )
         )
@@ -110,6 +112,12 @@ def page(
         predictions=[Markup(text) for text in predictions],
         scripts=[Markup(script) for script in scripts],
     )
+
+
+def _vectors(results: Results, name: str, side: str) -> Array:
+    """U or V of a prediction, read anew and not kept."""
+    vectors: Array = getattr(results.group(name), side)
+    return vectors
 
 
 def _source(name: str) -> str:
