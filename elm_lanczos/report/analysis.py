@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -13,10 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from elm_lanczos.analysis.result import Analysis
+from elm_lanczos.report.notebook import card, shown
 from elm_lanczos.report.text import printable, token_text
-
-ROWS = 60
-"""Rows of a table that are shown, from both ends; files and `to_dataframe` have all."""
 
 
 def render(result: Analysis, width: int = 100) -> RenderableType:
@@ -53,19 +52,13 @@ def to_html(result: Analysis) -> str:
     """Returns a result as a piece of HTML: its figure, its table and its facts, all escaped."""
     rows, left_out = _shown(result)
     names = list(result.to_dataframe().columns)
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_cell(name, row[name]))}</td>" for name in names) + "</tr>"
-        for row in rows
-    )
-    facts = [*result.facts, *(f"! {doubt}" for doubt in result.doubts)]
-    facts += [f"… and {left_out} more rows in between"] if left_out else []
-    lines = "".join(f"<p>{escape(printable(fact))}</p>" for fact in facts)
-    return (
-        f"<div><h3>{escape(_short(result.title))}</h3>"
-        f'<img alt="{escape(result.kind)}" src="data:image/png;base64,{_picture(result)}"'
-        f' style="max-width:100%"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>{lines}</div>"
+    return card(
+        _short(result.title),
+        [name.replace("_", " ") for name in names],
+        [[_cell(name, row[name]) for name in names] for row in rows],
+        [*result.facts, *(f"! {doubt}" for doubt in result.doubts)],
+        left_out=left_out,
+        picture=_picture(result),
     )
 
 
@@ -90,11 +83,10 @@ def _picture(result: Analysis) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _shown(result: Analysis) -> tuple[list[dict[str, Any]], int]:
-    """The rows that are shown, and how many are left out."""
+def _shown(result: Analysis) -> tuple[Sequence[dict[str, Any]], int]:
+    """The rows that are shown, and how many are left out; files and `to_dataframe` have all."""
     rows: list[dict[str, Any]] = result.to_dataframe().to_dict(orient="records")
-    left_out = max(0, len(rows) - ROWS)
-    return (rows[: ROWS // 2] + rows[-ROWS // 2 :] if left_out else rows), left_out
+    return shown(rows)
 
 
 def _cell(name: str, value: Any) -> str:

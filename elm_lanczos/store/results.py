@@ -86,6 +86,12 @@ class Results(Sequence["PromptResult"]):
             lines.append(f"  … {len(self) - _SHOWN_PROMPTS} more")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.results(self)
+
     def group(self, name: str) -> PromptResult:
         """One prompt's results by the path of its group, for example `prompts/000000`."""
         return PromptResult(self._place, name)
@@ -144,6 +150,12 @@ class PromptResult:
         counts = [(status, int((self.status == status).sum())) for status in Status]
         states = [f"{n} {status.name.lower().replace('_', ' ')}" for status, n in counts if n]
         return f"<PromptResult {text!r}: {len(self.tokens)} tokens, {', '.join(states)}>"
+
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.prompt_result(self)
 
     @property
     def path(self) -> Address:
