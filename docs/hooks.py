@@ -1,0 +1,205 @@
+"""What pages take from the program itself: a verb's options, and figures that were measured.
+
+`<!-- options run -->` becomes the table of the options of `elm-lanczos run`, and
+`<!-- results peers -->` the table of `benchmarks/results/peers.json`: neither is written twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts tables in their places.
+
+    Args:
+        markdown: a page.
+
+    Returns:
+        The page with its tables.
+    """
+    kinds = {"options": _options, "results": lambda name: _TABLES[name](_read(name))}
+    return re.sub(
+        r"<!-- (options|results) ([\w-]+) -->", lambda m: kinds[m[1]](m[2]), markdown
+    )
+
+
+def _options(verb: str) -> str:
+    import typer
+
+    import elm_lanczos.cli  # noqa: F401 (registers the verbs)
+    from elm_lanczos.cli.app import app
+
+    command: Any = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    rows = []
+    for parameter in command.params:
+        name = "`, `".join(parameter.opts)
+        if parameter.param_type_name == "argument":
+            name = parameter.name.upper()
+        rows.append((f"`{name}`", escape(parameter.help or "", quote=False)))
+    return _table(("option", "what it does"), rows)
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int = 0) -> str:
+    """A Markdown table; the last `numbers` columns are aligned to the right."""
+    marks = ["---"] * (len(head) - numbers) + ["--:"] * numbers
+    lines = [head, marks, *([str(cell).replace("|", r"\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    versions = machine["versions"]
+    where = machine["accelerator"] or machine["processor"]
+    return (
+        f"\n\n{where}, {machine['cores']} cores, {machine['threads']} "
+        f"thread{'s' * (machine['threads'] != 1)}, {machine['memory_gib']} GiB; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}."
+    )
+
+
+def _peers(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            length["tokens"],
+            f"`{one['method']}`" + (f" ({one['note']})" if one["note"] else ""),
+            one["status"],
+            f"{one['seconds']:.2f}",
+            f"{one['peak_mib']:.0f}",
+            f"{one['sigma']:.0e}",
+            f"{one['residual']:.0e}",
+        )
+        for length in results["lengths"]
+        for one in length["methods"]
+        if one["status"] in ("measured", "extrapolated")
+    ]
+    head = ("tokens", "method", "time is", "seconds", "peak MiB", "error of σ / σ₁", "residual / σ₁")
+    return _table(head, rows, 4) + _machine(results)
+
+
+def _hard(results: dict[str, Any]) -> str:
+    verdicts = list(next(iter(results["counts"].values())))
+    rows = [(f"`{name}`", *counts.values()) for name, counts in results["counts"].items()]
+    return _table(("method", *verdicts), rows, len(verdicts)) + _machine(results)
+
+
+def _plan(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["tokens"],
+            row["method"],
+            row["predicted_passes"],
+            row["passes"],
+            f"{row['predicted_seconds']:.2f}",
+            f"{row['seconds']:.2f}",
+        )
+        for row in results["rows"]
+    ]
+    head = ("tokens", "method", "passes predicted", "made", "seconds predicted", "taken")
+    return _table(head, rows, 4) + _machine(results)
+
+
+def _passes(results: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{row['passes_per_second']:.0f}", f"{row['ratio']:.2f}")
+        for name, row in results["figures"].items()
+    ]
+    head = ("what", "passes per second", "time over the matrix products' alone")
+    return _table(head, rows, 2) + _machine(results)
+
+
+def _batching(results: dict[str, Any]) -> str:
+    rows = [
+        (row["prompts"], row["tokens"], f"{row['alone']:.2f}", f"{row['together']:.2f}")
+        for row in results["rows"]
+    ]
+    head = ("prompts", "tokens", "seconds one by one", "together")
+    return _table(head, rows, 2) + _machine(results)
+
+
+def _memory(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["tokens"],
+            row["method"] + (f" ({row['followed']})" if row["method"] == "auto" else ""),
+            row["passes"],
+            f"{row['seconds']:.0f}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['predicted_mib']:.0f}",
+        )
+        for row in results["rows"]
+    ]
+    head = ("tokens", "method", "passes", "seconds", "peak MiB", "predicted MiB")
+    return _table(head, rows, 4) + _machine(results)
+
+
+def _processes(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["processes"],
+            row["tokens"],
+            row["method"],
+            f"{row['seconds']:.1f}",
+            f"{row['seconds_with_start']:.1f}",
+        )
+        for row in results["rows"]
+    ]
+    head = ("processes", "tokens", "method", "seconds", "with the start of the processes")
+    return _table(head, rows, 2) + _machine(results)
+
+
+def _offload(results: dict[str, Any]) -> str:
+    rows = [
+        (row["block"], f"{row['resident']:.2f}", f"{row['offloaded']:.2f}", f"{row['ratio']:.2f}")
+        for row in results["rows"]
+    ]
+    head = ("vectors in a block", "seconds in memory", "on disk", "ratio")
+    return _table(head, rows, 3) + _machine(results)
+
+
+def _scaling(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["shape"],
+            row["tokens"],
+            f"{row['passes_per_second']:.3g}",
+            f"{100 * row['share']:.0f} %",
+            *(f"{row['total_seconds'][name] / 3600:.2g}" for name in ("lanczos", "dense")),
+        )
+        for row in results["rows"]
+    ]
+    head = (
+        "shape",
+        "tokens",
+        "passes per second",
+        "matrix products' share",
+        "hours, `lanczos`, k = 16",
+        "hours, `dense`",
+    )
+    return _table(head, rows, 4) + _machine(results)
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "batching": _batching,
+    "hard": _hard,
+    "memory": _memory,
+    "memory-8192": _memory,
+    "offload": _offload,
+    "passes": _passes,
+    "peers": _peers,
+    "plan": _plan,
+    "processes": _processes,
+    "scaling": _scaling,
+}
