@@ -21,9 +21,11 @@ from machine import write_results
 from rich.console import Console
 from rich.table import Table
 
+from elm_lanczos import batches
 from elm_lanczos import run as runs
 from elm_lanczos.config import RunConfig
 from elm_lanczos.model import DetachedModel
+from elm_lanczos.solving import solve_all
 
 TAIL = "of the people of this great nation and of the world in peace and in war "
 WORDS = "people world nation peace war law time great country men day God state power".split()
@@ -72,10 +74,10 @@ def seconds(texts: list[str], k: int, together: int, folder: Path) -> float:
     job = runs.prepare(config, runs.prompts_of(config), _Silent())
     begun = time.perf_counter()
     with (
-        patch.object(runs, "_TOGETHER", together),
+        patch.object(batches, "TOKENS", together),
         runs.open_store(job, _Silent(), resume=False, overwrite=True) as store,
     ):
-        runs.solve_all(store, job, _Silent())
+        solve_all(store, job, _Silent())
     return time.perf_counter() - begun
 
 
@@ -93,7 +95,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for tokens in map(int, lengths.split(",")):
             texts = phrases(model, tokens, count)
-            taken: dict[int, list[float]] = {1: [], runs._TOGETHER: []}
+            taken: dict[int, list[float]] = {1: [], batches.TOKENS: []}
             for _ in range(repeats):
                 for together, times in taken.items():
                     times.append(seconds(texts, k, together, Path(folder)) / len(texts))

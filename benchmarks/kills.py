@@ -3,8 +3,9 @@
 Runs of one process and of four are begun and continued, and after a random time one of their
 processes gets SIGKILL, SIGTERM or SIGINT. After every kill each row marked done must have the bits
 of an undisturbed run; when a run has ended, so must everything, and the next one begins. A run that
-is still going at the last kill is ended by another number of processes. To spare the imports
-processes are forked, and as torchrun does the others are terminated when one has ended.
+is still going at the last kill is ended by another number of processes. Half of the kills are of
+prompts with two output positions each, half of prompts of one length, solved together. To spare the
+imports processes are forked, and as torchrun does the others are terminated when one has ended.
 
     OMP_NUM_THREADS=1 python benchmarks/kills.py --kills 200
 """
@@ -46,6 +47,11 @@ PROMPTS = [
     "my fellow citizens, we have",
     " ".join(["we seek peace and freedom for all the world"] * 15),  # several owners
 ]
+KINDS = {
+    "positions": (PROMPTS, ["--positions", "last:2"]),
+    "together": ([f"the {word} of the people" for word in "peace war law time men".split()], []),
+}
+"""Prompts of the runs, and options with which they are killed."""
 
 
 def small_model(folder: Path) -> None:
@@ -248,43 +254,42 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         said = folder / "said"
-        prompts = folder / "prompts.txt"
-        prompts.write_text("\n".join(PROMPTS))
-        given = ["run", "--seq-file", str(prompts), "--k", "2", "--top", "3"]
-        given += ["--positions", "last:2", "--batch", "16", "--method", "stream", "--quiet"]
+        given = ["run", "--k", "2", "--top", "3", "--batch", "16", "--method", "stream", "--quiet"]
         model = folder / "model"
         maker = get_context("fork").Process(target=small_model, args=(model,))
         maker.start()  # no thread of torch's may be running here when processes are forked
         maker.join()
-        given += ["--memory", "2GiB", "--resume", "--model", str(model), "--out"]
-        undisturbed = folder / "undisturbed.zarr"
-        begun = time.monotonic()
-        finished(1, [*given, str(undisturbed)], said)
-        duration = time.monotonic() - begun
-        right = {name: np.asarray(array[...]) for name, array in arrays(undisturbed).items()}
-        for number in numbers:
-            made = dict.fromkeys(SIGNALS, 0)
-            rows = stores = 0
-            while sum(made.values()) < kills // len(numbers):
-                out = folder / f"{number}-{stores}.zarr"
-                kind, moment = rng.choice(SIGNALS), rng.uniform(0, 0.7) * duration
-                arguments = [*given, str(out)]
-                made[kind] += killed(number, arguments, said, moment, kind, rng)
-                rows += rows_done(out, right) if out.exists() else 0
-                if (out / "summary" / "zarr.json").exists():
-                    finished(1, arguments, said)
-                    same_bits(out, right)
-                    stores += 1
-                print(
-                    f"{number} processes: {sum(made.values())} kills, {stores} runs ended",
-                    flush=True,
-                )
-            finished(1 if number > 1 else 2, [*given, str(out)], said)
-            same_bits(out, right)
-            counts = {kind.name: times for kind, times in made.items()}
-            row = {"processes": number, **counts, "stores": stores + 1, "rows_checked": rows}
-            figures.append(row)
-    print(figures, f"written to {write_results('kills', {'runs': figures}).name}")
+        given += ["--memory", "2GiB", "--resume", "--model", str(model)]
+        for prompts, (texts, options) in KINDS.items():
+            file = folder / f"{prompts}.txt"
+            file.write_text("\n".join(texts))
+            own = [*given, *options, "--seq-file", str(file), "--out"]
+            undisturbed = folder / f"{prompts}.zarr"
+            begun = time.monotonic()
+            finished(1, [*own, str(undisturbed)], said)
+            duration = time.monotonic() - begun
+            right = {name: np.asarray(array[...]) for name, array in arrays(undisturbed).items()}
+            for number in numbers:
+                made = dict.fromkeys(SIGNALS, 0)
+                rows = stores = 0
+                while sum(made.values()) < kills // (len(numbers) * len(KINDS)):
+                    out = folder / f"{prompts}-{number}-{stores}.zarr"
+                    kind, moment = rng.choice(SIGNALS), rng.uniform(0, 0.7) * duration
+                    arguments = [*own, str(out)]
+                    made[kind] += killed(number, arguments, said, moment, kind, rng)
+                    rows += rows_done(out, right) if out.exists() else 0
+                    if (out / "summary" / "zarr.json").exists():
+                        finished(1, arguments, said)
+                        same_bits(out, right)
+                        stores += 1
+                    print(f"{prompts}, {number} processes: {sum(made.values())} kills", flush=True)
+                finished(1 if number > 1 else 2, [*own, str(out)], said)
+                same_bits(out, right)
+                counts = {kind.name: times for kind, times in made.items()}
+                row = {"prompts": prompts, "processes": number, **counts}
+                figures.append({**row, "stores": stores + 1, "rows_checked": rows})
+                write_results("kills", {"runs": figures})
+    print(figures)
 
 
 if __name__ == "__main__":

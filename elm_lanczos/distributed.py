@@ -3,10 +3,11 @@
 The processes agree through the key-value store that torchrun gives them. The first one coordinates:
 it holds the store's lock, deals the work, writes the summary and shows the results. Prompts are
 dealt one at a time, longest first, each with all its positions to one process. Where fewer prompts
-are left at the start than there are processes, the first one solves them in turn and the *blocks*
-of vectors that go through the model are dealt instead, one to each process a round. A block has the
-borders and the composition that it has in one process, and every process computes under the options
-in the store, so the bits of a store do not depend on how many processes made it.
+are left at the start than there are processes, these are solved in turn by all processes together:
+the *owners* of rows (see `store`) are dealt, each to one process that solves and writes them, and
+the *blocks* of vectors that go through the model are dealt, one to each process a round. Blocks
+and owners have the borders and the composition that they have in one process, and every process
+computes under the options in the store, so the bits of a store do not depend on how many made it.
 
 Waiting is polling: a signal is answered at once, a failure elsewhere is seen, and nothing waits for
 ever for processes that give no sign of life.
@@ -15,13 +16,16 @@ ever for processes that give no sign of life.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import count, islice, tee
+from itertools import accumulate, chain, count, islice, tee
 from typing import Any, TypeVar
 
 import torch
@@ -30,33 +34,39 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from elm_lanczos.batches import token_operators
 from elm_lanczos.config import RunConfig
 from elm_lanczos.errors import ElmLanczosError, PeerError, StoreError
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.operators import OperatorBatch, TokenOperators
 from elm_lanczos.prompts import Prompt
 from elm_lanczos.run import (
-    Job,
-    Observer,
     Outcome,
-    Unshown,
-    batches,
-    chain_options,
     check_destination,
     forget_damaged,
     open_store,
     outcome,
     prepare,
     prompts_of,
+)
+from elm_lanczos.solving import (
+    Alone,
+    Job,
+    Observer,
+    Unshown,
+    Work,
+    chain_options,
+    commit,
     resources,
-    show_prompt,
+    show_known,
     solve_all,
     solve_batch,
-    token_operators,
     unfinished,
 )
-from elm_lanczos.store import ResultStore
+from elm_lanczos.store import PromptGroup, ResultStore
 from elm_lanczos.store.attributes import first_difference, to_json
+from elm_lanczos.svd.plan import Plan
+from elm_lanczos.svd.solve import solve
 
 _JOINING = timedelta(minutes=5)
 _PATIENCE = timedelta(hours=2)
@@ -113,7 +123,7 @@ def run(
                 forget_damaged(store, job, observer, processes.beat)
                 left = [
                     batch
-                    for batch in batches(job)
+                    for batch in job.batches
                     if any(unfinished(store, job, number) for number in batch)
                 ]
                 left.sort(key=lambda batch: -sum(len(job.ids[number]) for number in batch))
@@ -157,16 +167,13 @@ def _compute(
     if not 0 < len(left) < processes.count:
         _deal_prompts(processes, store, job, left, observer)
         return
-    rounds = Rounds(processes, job, cuda=own is not None)
-    if processes.rank > 0:
-        rounds.serve()
-        return
-
-    def split(lins: Sequence[Linearization], tokens: Sequence[int]) -> SplitOperators:
-        return SplitOperators(lins, tokens, rounds)
-
-    solve_all(store, job, observer, split)
-    rounds.stop()
+    exchange = Exchange(processes, job.model.device if own is not None else torch.device("cpu"))
+    shared = Shared(exchange, processes)
+    if processes.rank == 0:
+        solve_all(store, job, observer, shared)
+        shared.stop()
+    else:
+        shared.help(store, job, observer)
 
 
 # ---------------------------------------------------------------------------------- agreement
@@ -341,8 +348,8 @@ def _deal_prompts(
         return number not in open_ or processes.told(f"finished/{number}")
 
     def show() -> None:
-        while processes.rank == 0 and unseen and known(unseen[0]):
-            show_prompt(store, job, unseen.pop(0), observer)
+        if processes.rank == 0:
+            show_known(store, job, unseen, known, observer)
 
     show()
     hint = processes.rank == 0
@@ -357,33 +364,151 @@ def _deal_prompts(
         show()
 
 
+# ---------------------------------------------------------------------- one linear system
+
+
+class Shared(Alone):
+    """Solves linear systems in all processes: each one the operators of some owners.
+
+    Every process linearises the system and solves owners of its own, of which it also writes the
+    rows. The rows of the Jacobians that a solver asks for come from all processes (see `Exchange`).
+
+    Args:
+        exchange: the exchange of vectors.
+        processes: the processes.
+    """
+
+    def __init__(self, exchange: Exchange, processes: Processes) -> None:
+        self._exchange = exchange
+        self._processes = processes
+        self._steps = 0
+
+    def linearized(self, lins: Sequence[Linearization]) -> None:
+        """Lets the others linearise the same while this process has more to do."""
+        ids = lins[0].decoder.ids
+        assert ids is not None
+        self._tell({"ids": ids.tolist(), "chain": chain_options(lins[0])})
+
+    def solve(
+        self,
+        groups: Sequence[PromptGroup],
+        lins: Sequence[Linearization],
+        plan: Plan,
+        job: Job,
+        observer: Observer,
+    ) -> None:
+        """See `Alone.solve`; seen from the first process."""
+        work = Work.of(groups)
+        names = [group.name for group in groups]
+        self._tell({"work": asdict(work), "plan": asdict(plan), "groups": names})
+        self._part(groups, lins, plan, work, job, _Reporter(observer, self._processes).passes)
+
+    def stop(self) -> None:
+        """Ends `help` in the other processes."""
+        self._tell({})
+
+    def help(self, store: ResultStore, job: Job, observer: Observer) -> None:
+        """Does what the first process tells, until it stops.
+
+        Args:
+            store: the store.
+            job: the run.
+            observer: told of passes.
+        """
+        lins: list[Linearization] = []
+        while step := self._asked():
+            if "ids" in step:
+                lins.clear()  # before the next ones take their memory
+                ids = torch.tensor(step["ids"])
+                lins += job.model.linearize_together(list(ids), **step["chain"])
+                nothing = torch.zeros(1, *lins[0].decoder.outputs.shape, dtype=lins[0].inputs.dtype)
+                lins[0].decoder.vjp(nothing.to(lins[0].inputs.device))  # linearises the layers
+                continue
+            groups = [store.group(name) for name in step["groups"]]
+            plan, work = Plan(**step["plan"]), Work(**step["work"])
+            self._part(groups, lins, plan, work, job, _Reporter(observer, self._processes).passes)
+
+    def _tell(self, step: object) -> None:
+        self._processes.tell(f"step/{self._steps}", step)
+        self._steps += 1
+
+    def _asked(self) -> Any:
+        step = self._processes.ask(f"step/{self._steps}")
+        self._steps += 1
+        return step
+
+    def _part(
+        self,
+        groups: Sequence[PromptGroup],
+        lins: Sequence[Linearization],
+        plan: Plan,
+        work: Work,
+        job: Job,
+        progress: Callable[[int], None],
+    ) -> None:
+        """This process's part of a linear system."""
+        dealt = deal([len(some) for some in work.members], self._processes.count)
+        tokens = [[i for n in numbers for i in work.members[n]] for numbers in dealt]
+        self._exchange.open(token_operators(lins, work.tokens), tokens)
+        mine, own = dealt[self._processes.rank], tokens[self._processes.rank]
+        if mine:
+            batch = SharedOperators(lins, work.tokens, own, self._exchange)
+            sizes = [len(work.members[number]) for number in mine]
+            ends = list(accumulate(sizes))
+            members = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+            for which, result in solve(batch, plan, members, progress):
+                commit(groups, work.owners[mine[which]], result, job)
+        self._exchange.close()
+
+
+def deal(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Deals pieces of work to processes, about equal sums to each.
+
+    Args:
+        sizes: of the pieces.
+        count: how many processes; the first one, which has other work too, gets the least.
+
+    Returns:
+        The numbers of the pieces of each process, ascending.
+    """
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    held = [0] * count
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        least = held.index(min(held))
+        dealt[least].append(number)
+        held[least] += sizes[number]
+    return [sorted(dealt[rank]) for rank in sorted(range(count), key=lambda rank: held[rank])]
+
+
 # ------------------------------------------------------------------------ blocks of vectors
 
-_STOP, _SYSTEM, _ROWS, _MATVEC, _RMATVEC = range(5)
+_NOTHING, _ROWS, _MATVEC, _RMATVEC = range(4)
 
 
-class Rounds:
-    """Rounds in which every process puts one block of vectors through the operators.
+class Exchange:
+    """Products with the operators of all processes, in rounds of one block for each process.
 
-    In each round the first process sends what is to be done: a header, which says what, and how
-    many vectors each process takes; and the vectors. What they become is gathered there.
+    A process says which product it wants. That of the first one that wants any is made: it gives
+    the vectors; every process puts a block through; and of what blocks become, each process that
+    wanted the same (they all stream the same cotangents) gets what belongs to its operators. While
+    one round's products travel, those of the next are computed.
 
     Args:
         processes: the processes.
-        job: the run.
-        cuda: whether each process has a CUDA device of its own, to exchange from.
+        wire: the device that vectors are exchanged from.
     """
 
-    def __init__(self, processes: Processes, job: Job, *, cuda: bool) -> None:
+    def __init__(self, processes: Processes, wire: torch.device) -> None:
         self._processes = processes
-        self._job = job
-        self._wire = job.model.device if cuda else torch.device("cpu")
-        self._systems = 0
+        self._wire = wire
+        self._batch: TokenOperators | None = None
+        self._tokens: list[Tensor] = []
         processes.tell(f"grouping/{processes.rank}", True)
         for rank in range(processes.count):
             processes.ask(f"grouping/{rank}")
+        cuda = wire.type == "cuda"
         if cuda:
-            torch.cuda.set_device(self._wire)
+            torch.cuda.set_device(wire)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=PrefixStore("group", processes._store),
@@ -392,95 +517,150 @@ class Rounds:
             timeout=_PATIENCE,
         )
 
-    @property
-    def width(self) -> int:
-        """Blocks in a round."""
-        return self._processes.count
-
-    def open(self, lins: Sequence[Linearization], tokens: Sequence[int]) -> None:
-        """Lets every process linearise the systems of predictions as the first one did."""
-        ids, chain = lins[0].decoder.ids, chain_options(lins[0])
-        assert ids is not None
-        system = {"ids": ids.tolist(), "chain": chain, "tokens": list(tokens)}
-        self._processes.tell(f"system/{self._systems}", system)
-        self._systems += 1
-        self._header(_SYSTEM, [])
-
-    def stop(self) -> None:
-        """Ends `serve` in the other processes."""
-        self._header(_STOP, [])
-
-    def multiply(
-        self, batch: TokenOperators, kind: int, blocks: Sequence[Tensor], index: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """One round, seen from the first process.
+    def open(self, batch: TokenOperators, tokens: Sequence[Sequence[int]]) -> None:
+        """Begins the products of one linear system, in every process.
 
         Args:
-            batch: the operators.
-            kind: which product.
-            blocks: at most `width` blocks of vectors (b, ·).
-            index: for products with one operator a vector, the operators of each block (b,).
-
-        Returns:
-            What the blocks become.
+            batch: all operators.
+            tokens: positions of each process's operators in the batch.
         """
-        sizes = [len(block) for block in blocks]
-        self._header(kind, sizes)
-        return self._round(batch, kind, sizes, torch.cat(list(blocks)), [*index])
+        self._batch = batch
+        self._tokens = [torch.tensor(some, dtype=torch.int64) for some in tokens]
 
-    def serve(self) -> None:
-        """Does what the first process sends, until it stops."""
-        batch: TokenOperators | None = None
+    @property
+    def is_single(self) -> bool:
+        """Whether only one process has operators: the others have nothing else to do."""
+        return sum(len(tokens) > 0 for tokens in self._tokens) == 1
+
+    def products(
+        self, kind: int, pieces: Iterator[tuple[Tensor, Tensor]], mark: int
+    ) -> Iterator[Tensor]:
+        """What blocks of vectors become, in order.
+
+        Args:
+            kind: which product.
+            pieces: blocks (b, ·); of products with one operator a vector, the operators (b,) too.
+            mark: differs for other vectors.
+
+        Yields:
+            What each block becomes, of this process's operators.
+        """
         while True:
-            header = self._header(_STOP, [])
-            kind, sizes = header[0], [size for size in header[1:] if size]
-            if kind == _STOP:
+            made = self._agreed(kind, mark)
+            assert made is not None  # as this process wants one
+            if self._processes.rank in made.wanted_by:
+                yield from self._rounds(made, pieces)
                 return
-            if kind == _SYSTEM:
-                batch = None  # before the next one takes its memory
-                system = self._processes.ask(f"system/{self._systems}")
-                self._systems += 1
-                ids = torch.tensor(system["ids"])
-                lins = self._job.model.linearize_together(list(ids), **system["chain"])
-                batch = token_operators(lins, system["tokens"])
-                continue
-            assert batch is not None
-            _, m, d = batch.shape
-            X = torch.empty(sum(sizes), d if kind == _MATVEC else m, dtype=batch.dtype)
-            self._round(batch, kind, sizes, X, [])
+            deque(self._rounds(made, iter(())), maxlen=0)
 
-    def _header(self, kind: int, sizes: Sequence[int]) -> list[int]:
-        """The header of a round: what the first process gives, in every process."""
-        header = torch.zeros(1 + self.width, dtype=torch.int64)
-        header[: 1 + len(sizes)] = torch.tensor([kind, *sizes])
-        self._finish(dist.broadcast(header, 0, async_op=True))
-        return [int(entry) for entry in header]
+    def close(self) -> None:
+        """Takes part in what other processes still want; then the linear system is solved."""
+        while (made := self._agreed(_NOTHING, 0)) is not None:
+            deque(self._rounds(made, iter(())), maxlen=0)
+        self._batch = None
 
-    def _round(
-        self,
-        batch: TokenOperators,
-        kind: int,
-        sizes: Sequence[int],
-        X: Tensor,
-        index: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """One round; X and index are overwritten where they are not those of the first process."""
-        X = X.to(self._wire)
-        self._finish(dist.broadcast(X, 0, async_op=True))
-        every = torch.cat(list(index)) if index else torch.zeros(len(X), dtype=torch.int64)
-        if kind != _ROWS:
-            self._finish(dist.broadcast(every, 0, async_op=True))
-        rank, (n, m, d) = self._processes.rank, batch.shape
-        shape = {_ROWS: (n, d), _MATVEC: (m,), _RMATVEC: (d,)}[kind]
-        mine = torch.zeros(max(sizes), *shape, dtype=batch.dtype, device=self._wire)
-        if rank < len(sizes):
-            block = X.split(list(sizes))[rank].to(batch.device).clone()
-            which = every.split(list(sizes))[rank]
-            mine[: len(block)] = _product(batch, kind, block, which).to(self._wire)
-        parts = [torch.empty_like(mine) for _ in range(self.width)] if rank == 0 else None
-        self._finish(dist.gather(mine, parts, 0, async_op=True))
-        some = zip(parts or [], sizes, strict=False)
-        return [part[:size].to(batch.device) for part, size in some]
+    def _agreed(self, kind: int, mark: int) -> _Product | None:
+        """The product that is made next, if any is wanted; each process says what it wants."""
+        wanted = [torch.zeros(2, dtype=torch.int64) for _ in range(self._processes.count)]
+        self._finish(dist.all_gather(wanted, torch.tensor([kind, mark]), async_op=True))
+        kinds = [(int(wish[0]), int(wish[1])) for wish in wanted]
+        first = next((rank for rank, wish in enumerate(kinds) if wish[0]), None)
+        if first is None:
+            return None
+        same = [rank for rank, wish in enumerate(kinds) if wish == kinds[first]]
+        return _Product(kinds[first][0], first, same)
+
+    def _rounds(self, made: _Product, pieces: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """All rounds of a product; the pieces are those of the process that gives them."""
+        travelling = None
+        while True:
+            sizes, X, index = self._given(made, list(islice(pieces, self._processes.count)))
+            product = self._product(made.kind, sizes, X, index)
+            if travelling is not None:
+                yield from self._arrived(*travelling)
+            if not sizes:
+                return
+            travelling = self._sent(made, sizes, product)
+
+    def _given(
+        self, made: _Product, some: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[list[int], Tensor, Tensor]:
+        """The blocks of a round, one for each process: their sizes, vectors and operators."""
+        assert self._batch is not None
+        header = torch.zeros(self._processes.count, dtype=torch.int64)
+        header[: len(some)] = torch.tensor([len(X) for X, _ in some])
+        self._finish(dist.broadcast(header, made.given_by, async_op=True))
+        sizes = [int(size) for size in header if size]
+        _, m, d = self._batch.shape
+        wide = d if made.kind == _MATVEC else m
+        X = torch.empty(sum(sizes), wide, dtype=self._batch.dtype, device=self._wire)
+        index = torch.zeros(sum(sizes), dtype=torch.int64)
+        if some:
+            X, index = (
+                torch.cat([x for x, _ in some]).to(self._wire),
+                torch.cat([i for _, i in some]),
+            )
+        if sizes:
+            self._finish(dist.broadcast(X, made.given_by, async_op=True))
+        if sizes and made.kind != _ROWS:
+            self._finish(dist.broadcast(index, made.given_by, async_op=True))
+        return sizes, X, index
+
+    def _product(self, kind: int, sizes: Sequence[int], X: Tensor, index: Tensor) -> Tensor | None:
+        """What this process's block of a round becomes, if there is one."""
+        rank, batch = self._processes.rank, self._batch
+        assert batch is not None
+        if rank >= len(sizes):
+            return None
+        block = X.split(list(sizes))[rank].to(batch.device).clone()
+        if kind == _ROWS:
+            return batch.rows(block)
+        which = index.split(list(sizes))[rank]
+        return batch.matvec(block, which) if kind == _MATVEC else batch.rmatvec(block, which)
+
+    def _sent(
+        self, made: _Product, sizes: Sequence[int], product: Tensor | None
+    ) -> tuple[dist.Work | None, Tensor, list[int], list[int]]:
+        """Sends each process what belongs to its operators; what arrives here, and its shape."""
+        assert self._batch is not None
+        _, m, d = self._batch.shape
+        ranks, rank = range(self._processes.count), self._processes.rank
+        if made.kind == _ROWS:
+            shapes = [[len(tokens), d] for tokens in self._tokens]
+        else:
+            shapes = [[m if made.kind == _MATVEC else d] for _ in ranks]
+        there = [math.prod(shapes[to]) if to in made.wanted_by else 0 for to in ranks]
+        every = [*sizes, *[0] * (len(ranks) - len(sizes))]
+        parts = []
+        for to in made.wanted_by if product is not None else ():
+            assert product is not None
+            tokens = self._tokens[to].to(product.device)
+            part = product.index_select(1, tokens) if made.kind == _ROWS else product
+            parts.append(part.flatten().to(self._wire))
+        outgoing = torch.cat(parts) if parts else self._room(0)
+        arriving = self._room(sum(sizes) * there[rank])
+        work = dist.all_to_all_single(
+            arriving,
+            outgoing,
+            [size * there[rank] for size in every],
+            [every[rank] * one for one in there],
+            async_op=True,
+        )
+        return work, arriving, [*sizes] if there[rank] else [], shapes[rank]
+
+    def _room(self, length: int) -> Tensor:
+        assert self._batch is not None
+        return torch.empty(length, dtype=self._batch.dtype, device=self._wire)
+
+    def _arrived(
+        self, work: dist.Work | None, arriving: Tensor, sizes: list[int], shape: list[int]
+    ) -> Iterator[Tensor]:
+        """What the blocks of a round have become, of this process's operators."""
+        assert self._batch is not None
+        self._finish(work)
+        one = math.prod(shape)
+        for part in arriving.split([size * one for size in sizes]) if sizes else ():
+            yield part.view(-1, *shape).to(self._batch.device)
 
     def _finish(self, work: dist.Work | None) -> None:
         """Waits for an exchange; a signal is answered meanwhile, and a failure elsewhere seen."""
@@ -498,34 +678,44 @@ class Rounds:
             raise _LostError from error
 
 
-def _product(batch: TokenOperators, kind: int, X: Tensor, index: Tensor) -> Tensor:
-    if kind == _ROWS:
-        return batch.rows(X)
-    return batch.matvec(X, index) if kind == _MATVEC else batch.rmatvec(X, index)
+@dataclass(frozen=True)
+class _Product:
+    """A product that all processes make.
+
+    Attributes:
+        kind: which.
+        given_by: the process that gives the vectors.
+        wanted_by: the processes that get what becomes of them.
+    """
+
+    kind: int
+    given_by: int
+    wanted_by: list[int]
 
 
-class SplitOperators(OperatorBatch):
-    """The Jacobians of some tokens of linearised prompts, their blocks dealt to all processes.
+class SharedOperators(OperatorBatch):
+    """The Jacobians of one process's tokens; their rows are made by all processes.
 
     Args:
-        lins: the systems (see `run.token_operators`).
-        tokens: the tokens.
-        rounds: the exchange with the other processes.
+        lins: the systems (see `batches.token_operators`).
+        tokens: all tokens.
+        own: the positions of this process's among them.
+        exchange: the exchange with the other processes.
     """
 
     def __init__(
-        self, lins: Sequence[Linearization], tokens: Sequence[int], rounds: Rounds
+        self,
+        lins: Sequence[Linearization],
+        tokens: Sequence[int],
+        own: Sequence[int],
+        exchange: Exchange,
     ) -> None:
-        self._batch = token_operators(lins, tokens)
-        self._rounds = rounds
-        self.shape, self.dtype, self.device = (
-            self._batch.shape,
-            self._batch.dtype,
-            self._batch.device,
-        )
-        self.labels, self.inputs = self._batch.labels, self._batch.inputs
-        self.precision, self.vectors = self._batch.precision, self._batch.vectors
-        rounds.open(lins, tokens)
+        self._batch = batch = token_operators(lins, [tokens[i] for i in own])
+        self._exchange = exchange
+        self._own = torch.tensor(own)
+        self.shape, self.dtype, self.device = batch.shape, batch.dtype, batch.device
+        self.labels, self.inputs = batch.labels, batch.inputs
+        self.precision, self.vectors = batch.precision, batch.vectors
 
     def matvec(self, V: Tensor, index: Tensor) -> Tensor:
         """See `OperatorBatch.matvec`."""
@@ -541,22 +731,22 @@ class SplitOperators(OperatorBatch):
 
     def rows_of(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """See `OperatorBatch.rows_of`: reads ahead, so that every process has a block."""
-        ahead, given = tee(blocks)
-        pieces = (piece for Y in ahead for piece in Y.split(self.vectors))
-        rows = self._in_rounds(_ROWS, ((piece, None) for piece in pieces))
+        remaining = iter(blocks)
+        first = next(remaining)
+        ahead, given = tee(chain([first], remaining))
+        none = torch.zeros(0, dtype=torch.int64)
+        pieces = ((piece, none) for Y in ahead for piece in Y.split(self.vectors))
+        mark = zlib.crc32(first.cpu().numpy().tobytes())
+        rows = self._exchange.products(_ROWS, pieces, mark)
         for Y in given:
             yield torch.cat(list(islice(rows, -(-len(Y) // self.vectors))))
 
     def _products(self, kind: int, X: Tensor, index: Tensor) -> Tensor:
+        """Products with one operator a vector: where others have operators too, made here alone."""
+        if not self._exchange.is_single:
+            batch = self._batch
+            return batch.matvec(X, index) if kind == _MATVEC else batch.rmatvec(X, index)
         size = self._batch.together
-        pieces = zip(X.split(size), index.cpu().split(size), strict=True)
-        return torch.cat(list(self._in_rounds(kind, pieces)))
-
-    def _in_rounds(
-        self, kind: int, pieces: Iterable[tuple[Tensor, Tensor | None]]
-    ) -> Iterator[Tensor]:
-        """What pieces become, in order, a round at a time."""
-        remaining = iter(pieces)
-        while some := list(islice(remaining, self._rounds.width)):
-            index = [which for _, which in some if which is not None]
-            yield from self._rounds.multiply(self._batch, kind, [X for X, _ in some], index)
+        which = self._own[index.cpu()]
+        pieces = zip(X.split(size), which.split(size), strict=True)
+        return torch.cat(list(self._exchange.products(kind, pieces, 0)))

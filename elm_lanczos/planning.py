@@ -1,13 +1,16 @@
 """What a run will cost, before anything runs: passes, seconds and bytes of each method.
 
-With a model's weights, one block of passes is timed at the shortest and at the longest prompt. From
-a configuration alone, three of its layers are built with random weights (see `shared_layer`), and
+Prompts that a run solves together (see `batches`) are one system here too. With a model's weights,
+one block of passes is timed at the smallest and at the largest system, by their tokens. From a
+configuration alone, three of its layers are built with random weights (see `shared_layer`), and
 their time is extrapolated to the whole depth and length by the number of floating-point operations
 of a pass. Bytes are arithmetic on shapes, so nothing as long as a prompt is made for them.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ import torch
 from torch import nn
 
 from elm_lanczos.architectures import full_config
+from elm_lanczos.batches import batches, gains, token_operators
 from elm_lanczos.config import PlanConfig, output_positions, select_tokens
 from elm_lanczos.errors import ModelError, UsageError, first_line
 from elm_lanczos.footprint import Footprint, spare
@@ -47,8 +51,8 @@ class SystemCost:
     """What one linear system is predicted to cost.
 
     Attributes:
-        prompt: name of the prompt.
-        length: tokens T.
+        prompt: name of the prompt, or how many are solved together.
+        length: tokens T of a prompt.
         tokens: tokens whose triplets are computed.
         method: the method that a run would follow.
         reason: why, in one line.
@@ -58,6 +62,7 @@ class SystemCost:
         chain: bytes of each kind of array that the linearised layers and a block of vectors are
             made of.
         memory: bytes to work within.
+        prompts: names of the prompts that are solved together.
     """
 
     prompt: str
@@ -70,6 +75,7 @@ class SystemCost:
     arrays: dict[str, dict[str, int]]
     chain: dict[str, int]
     memory: int
+    prompts: tuple[str, ...]
 
     def cost(self, method: str | None = None) -> Cost:
         """The cost of one method, the chain's bytes among its bytes.
@@ -156,25 +162,30 @@ def plan_run(config: PlanConfig, model: DetachedModel | None) -> Forecast:
         ModelError: if the model cannot be linearised.
     """
     requests = _requests(config, model)
-    lengths = sorted({length for _, length in requests})
-    source = _Shape(config, lengths) if model is None else _Weights(config, model, lengths)
+    sizes = sorted({(len(names), length) for names, length in requests}, key=math.prod)
+    source = _Shape(config, sizes) if model is None else _Weights(config, model, sizes)
+    systems: list[SystemCost] = []
+    for names, length in requests:
+        for some in _solved_together(config, source, names, length):
+            systems.append(_system(config, source, some, length))
     return Forecast(
         model=source.name,
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
         k=config.k,
         weight_bytes=source.weight_bytes,
-        systems=tuple(_system(config, source, name, length) for name, length in requests),
+        systems=tuple(systems),
         basis=source.basis,
     )
 
 
-def _requests(config: PlanConfig, model: DetachedModel | None) -> list[tuple[str, int]]:
-    """Names and lengths of the linear systems: one for each output position of each prompt."""
+def _requests(config: PlanConfig, model: DetachedModel | None) -> list[tuple[list[str], int]]:
+    """The linear systems, by the names and the length of their prompts."""
+    prompts = _prompts(config, model)
     return [
-        (name, position + 1)
-        for name, length in _prompts(config, model)
-        for position in output_positions(config, length)
+        ([prompts[number][0] for number in batch], position + 1)
+        for batch in batches(config, [length for _, length in prompts])
+        for position in output_positions(config, prompts[batch[0]][1])
     ]
 
 
@@ -195,43 +206,69 @@ def _prompts(config: PlanConfig, model: DetachedModel | None) -> list[tuple[str,
     return [("0", len(model.encode(config.text or "")))]
 
 
-def _system(config: PlanConfig, source: _Weights | _Shape, name: str, length: int) -> SystemCost:
+def _planned(
+    config: PlanConfig,
+    source: _Weights | _Shape,
+    prompts: int,
+    length: int,
+    method: str,
+    scratch: str | None,
+) -> Plan:
+    """The plan for so many prompts of a length by one method."""
+    here = source.at(prompts, length)
+    return make_plan(
+        prompts * len(select_tokens(config.tokens, length)),
+        source.m,
+        source.d,
+        source.dtype,
+        config.k,
+        method,
+        config.tol,
+        memory=here.memory,
+        vectors=here.block,
+        scratch=scratch,
+        precision=config.precision,
+    )
+
+
+def _solved_together(
+    config: PlanConfig, source: _Weights | _Shape, names: list[str], length: int
+) -> list[list[str]]:
+    """The prompts of a batch: as it is, or one by one where nothing is gained by it."""
+    if len(names) == 1:
+        return [names]
+    n = len(names) * len(select_tokens(config.tokens, length))
+    plan = _planned(config, source, len(names), length, config.method, config.scratch)
+    return [names] if gains(plan, n) else [[name] for name in names]
+
+
+def _system(
+    config: PlanConfig, source: _Weights | _Shape, names: list[str], length: int
+) -> SystemCost:
     """The cost of one linear system by each method."""
-    n, here = len(select_tokens(config.tokens, length)), source.at(length)
-    shape = (n, source.m, source.d)
-
-    def planned(method: str, scratch: str | None) -> Plan:
-        return make_plan(
-            *shape,
-            source.dtype,
-            config.k,
-            method,
-            config.tol,
-            memory=here.memory,
-            vectors=here.block,
-            scratch=scratch,
-            precision=config.precision,
-        )
-
+    many = len(names)
+    n, here = many * len(select_tokens(config.tokens, length)), source.at(many, length)
+    planned = functools.partial(_planned, config, source, many, length)
     chosen = planned(config.method, config.scratch)
     plans = {name: planned(name, None) for name in METHODS[1:]} | {chosen.method: chosen}
     return SystemCost(
-        name,
+        names[0] if many == 1 else f"{many} prompts of {length} tokens",
         length,
         n,
         chosen.method,
         chosen.reason,
         chosen.refusal,
-        price(plans, shape, source.device, here.rates),
+        price(plans, (n, source.m, source.d), source.device, here.rates),
         {method: plan.arrays[method] for method, plan in plans.items()},
         here.chain,
         source.memory,
+        tuple(names),
     )
 
 
 @dataclass(frozen=True)
 class _AtLength:
-    """What the linear systems of one length are like.
+    """What the linear systems of so many prompts of one length are like.
 
     Attributes:
         rates: seconds of a pass; None where they are not known.
@@ -250,33 +287,37 @@ class _AtLength:
 
 
 class _Weights:
-    """The linear systems of a model with weights, timed at the shortest and the longest length."""
+    """The linear systems of a model with weights, of which the smallest and largest are timed."""
 
-    def __init__(self, config: PlanConfig, model: DetachedModel, lengths: Sequence[int]) -> None:
+    def __init__(
+        self, config: PlanConfig, model: DetachedModel, sizes: Sequence[tuple[int, int]]
+    ) -> None:
         self.name, self.device, self.dtype = model.name, model.device, model.compute_dtype
         self.weight_bytes = sum(weight.nbytes for weight in model.hf_model.parameters())
         self.batch = config.batch
         self.timed: dict[int, Rates] = {}
         vocabulary = model.embedding.weight.shape[0]
-        for length in dict.fromkeys((lengths[0], lengths[-1])):
+        for many, length in dict.fromkeys((sizes[0], sizes[-1])):
             ids = torch.arange(length) % vocabulary
-            lin = model.linearize(ids, block=config.batch, memory=config.memory)
-            self.timed[length] = time_block(TokenOperators(lin, range(length)))
+            options: dict[str, Any] = {"block": config.batch, "memory": config.memory}
+            lins = model.linearize_together([ids] * many, **options)
+            lin, tokens = lins[0], many * length
+            self.timed[tokens] = time_block(token_operators(lins, range(tokens)))
         self.memory, (_, self.m, self.d) = lin.memory, lin.shape
         self.footprint = lin.footprint
         self.basis = f"one block of passes, timed at {_lengths(self.timed)}"
 
-    def at(self, length: int) -> _AtLength:
-        """The systems of a length; their rates lie between those that were timed."""
+    def at(self, prompts: int, length: int) -> _AtLength:
+        """The systems of prompts of a length; their rates lie between those that were timed."""
         (low, slow), (high, fast) = min(self.timed.items()), max(self.timed.items())
-        share = (length - low) / (high - low) if high > low else 0.0
+        share = (prompts * length - low) / (high - low) if high > low else 0.0
         row, step = (
             slow.row + share * (fast.row - slow.row),
             slow.step + share * (fast.step - slow.step),
         )
-        block = self.batch or self.footprint.block(length, self.memory)
-        keep = self.footprint.is_kept(length, self.memory)
-        arrays = self.footprint.arrays(length, block, keep=keep)
+        block = self.batch or self.footprint.block(length, self.memory, prompts)
+        keep = self.footprint.is_kept(length, self.memory, prompts)
+        arrays = self.footprint.arrays(length, block, prompts, keep=keep)
         return _AtLength(Rates(row, step), arrays, spare(self.memory, arrays), block)
 
 
@@ -293,7 +334,7 @@ class _Shape:
     A few of its layers are built with random weights and timed, on a CPU at a few tokens.
     """
 
-    def __init__(self, config: PlanConfig, lengths: Sequence[int]) -> None:
+    def __init__(self, config: PlanConfig, sizes: Sequence[tuple[int, int]]) -> None:
         source = _configuration(config)
         self.name = getattr(source, "_name_or_path", "") or source.model_type
         self.device = usable_device(config.device or "cpu")
@@ -305,15 +346,15 @@ class _Shape:
         self.batch, self.memory = config.batch, config.memory or ceiling(self.device)
         decoder = find_decoder(model)
         layers = find_layers(decoder)
-        sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
-        made = sum(sizes) * self.dtype.itemsize if stored != self.dtype else 0
+        weights = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
+        made = sum(weights) * self.dtype.itemsize if stored != self.dtype else 0
         table = model.get_input_embeddings().weight
         self.footprint = Footprint.of(decoder, layers, table, self.dtype, made=made)
         self.m = self.d = self.footprint.hidden
-        largest = max(sizes, default=parameters) * self.dtype.itemsize
+        largest = max(weights, default=parameters) * self.dtype.itemsize
         self.timed: dict[int, _Timed] = {}
         unknown = ""
-        for T in dict.fromkeys(self.timed_length(length) for length in lengths):
+        for T in dict.fromkeys(self.timed_length(many * length) for many, length in sizes):
             try:
                 # Filled with random weights, it would be the system that ends the process.
                 if largest > (free := free_bytes(self.device)) // 2:
@@ -328,24 +369,25 @@ class _Shape:
         self.basis = f"no seconds: {unknown}" if unknown else f"{found}, extrapolated"
         self.basis += f"; {depth} layers, {parameters / 1e9:.3g} billion parameters"
 
-    def timed_length(self, length: int) -> int:
-        """The length at which the layers are timed for a prompt of some length."""
-        return length if self.device.type == "cuda" else min(length, _TIMED_TOKENS)
+    def timed_length(self, tokens: int) -> int:
+        """The length at which the layers are timed for prompts of some tokens together."""
+        return tokens if self.device.type == "cuda" else min(tokens, _TIMED_TOKENS)
 
-    def at(self, length: int) -> _AtLength:
-        """The systems of a length; their rates are extrapolated by floating-point operations."""
-        block = self.batch or self.footprint.block(length, self.memory)
-        keep = self.footprint.is_kept(length, self.memory)
-        arrays = self.footprint.arrays(length, block, keep=keep)
-        T = self.timed_length(length)
+    def at(self, prompts: int, length: int) -> _AtLength:
+        """The systems of prompts of a length; their rates are extrapolated by flops."""
+        block = self.batch or self.footprint.block(length, self.memory, prompts)
+        keep = self.footprint.is_kept(length, self.memory, prompts)
+        arrays = self.footprint.arrays(length, block, prompts, keep=keep)
+        tokens = prompts * length
+        T = self.timed_length(tokens)
         rates = None
         if (timed := self.timed.get(T)) is not None:
             depth = self.footprint.depth
             attending = depth - timed.narrowed
             attention = self.footprint.attention_flops(T, 1) * attending
             linear = timed.flops + (depth - timed.layers) * timed.flops_of_layer - attention
-            wanted = self.footprint.attention_flops(length, block) * attending
-            wanted += linear * length / T
+            wanted = prompts * self.footprint.attention_flops(length, block) * attending
+            wanted += linear * tokens / T
             rates = timed.rates.times(wanted / timed.flops)
         return _AtLength(rates, arrays, spare(self.memory, arrays), block)
 

@@ -64,12 +64,14 @@ def test_several_processes_make_the_store_that_one_makes(
 ) -> None:
     # blocks of 8 vectors of 32 cotangents, so that there are some to deal
     one: dict[str, Any] = {"text": LONG, "batch": 8, "seed": 3}
+    longer = " ".join([LONG] * 4)
     several = {"seq_file": str(prompt_file), "positions": "0,-1", "generate": 2, "k": 2}
     runs = {
         "dealt": several,
         "lanczos": {**one, "method": "lanczos"},
         "stream": {**one, "method": "stream"},
         "dense": {**one, "method": "dense", "tokens": "last:5"},
+        "owners": {"text": longer, "k": 2, "batch": 16, "method": "stream"},
     }
     configs = [options(tiny_folder, tmp_path / f"{n}.2", **given) for n, given in runs.items()]
     work = [config.model_dump(mode="json", exclude_none=True) for config in configs]
@@ -90,14 +92,13 @@ def test_several_processes_make_the_store_that_one_makes(
             dealt = listener.finished_texts
             continue
         # the blocks of a round are one for each process; that of the second may be missing
-        kinds = {"lanczos": ("matvec", "rmatvec"), "stream": ("rows",), "dense": ("rows",)}[name]
-        for kind in kinds:
+        for kind in ("matvec", "rmatvec") if name == "lanczos" else ("rows",):
             assert 0.5 * first[kind] <= second[kind] <= first[kind] > 0
     assert counts[0][-1] == counts[1][-1] == {}  # nothing was left to do
     texts = [json.loads(line)["text"] for line in shown.splitlines()]
     # each prediction once and in the order of prompts, whoever computed it; and again at the end
     assert len(dealt) == 4 * 3
-    assert texts == [*dealt, LONG, LONG, LONG, *dealt]
+    assert texts == [*dealt, LONG, LONG, LONG, longer, *dealt]
     with pytest.raises(AssertionError):
         assert_same_bits(tmp_path / "lanczos.1", tmp_path / "stream.2")  # it can fail
 

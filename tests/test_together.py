@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from elm_lanczos import run as runs
+from elm_lanczos import solving
+from elm_lanczos.batches import batches
 from elm_lanczos.config import RunConfig
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.linearization import Linearization, Together
 from elm_lanczos.model import DetachedModel
-from elm_lanczos.prompts import Prompt
-from elm_lanczos.run import Job, batches, run
+from elm_lanczos.run import run
 from elm_lanczos.store import open_results
 from elm_lanczos.svd.plan import Plan
 from elm_lanczos.verify import verify
@@ -48,20 +48,18 @@ def prompt_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return file
 
 
-def a_job(lengths: list[int], **given: Any) -> Job:
-    prompts = [Prompt(str(n), "text") for n in range(len(lengths))]
-    ids = [torch.zeros(length, dtype=torch.int64) for length in lengths]
-    return Job(RunConfig(text="a", **given), None, prompts, ids, {})  # type: ignore[arg-type]
+def grouped(lengths: list[int], **given: Any) -> list[list[int]]:
+    return batches(RunConfig(text="a", **given), lengths)
 
 
 def test_who_is_solved_with_whom() -> None:
-    assert batches(a_job([5, 7, 5, 129, 7, 5, 129])) == [[0, 2, 5], [1, 4], [3], [6]]
-    assert batches(a_job([128, 100, 128, 128])) == [[0, 2], [1], [3]]  # 256 tokens at most
-    assert batches(a_job([1] * 300))[0] == list(range(256))
-    assert batches(a_job([5, 5], generate=2)) == [[0], [1]]
-    assert batches(a_job([5, 5], positions="0,-1")) == [[0], [1]]
-    assert batches(a_job([5, 5], positions="-1")) == [[0, 1]]
-    assert batches(a_job([5, 5], method="lanczos")) == [[0], [1]]
+    assert grouped([5, 7, 5, 129, 7, 5, 129]) == [[0, 2, 5], [1, 4], [3], [6]]
+    assert grouped([128, 100, 128, 128]) == [[0, 2], [1], [3]]  # 256 tokens at most
+    assert grouped([1] * 300)[0] == list(range(256))
+    assert grouped([5, 5], generate=2) == [[0], [1]]
+    assert grouped([5, 5], positions="0,-1") == [[0], [1]]
+    assert grouped([5, 5], positions="-1") == [[0, 1]]
+    assert grouped([5, 5], method="lanczos") == [[0], [1]]
 
 
 def test_the_sum_of_systems_has_the_jacobians_of_each(
@@ -154,20 +152,20 @@ def test_finished_prompts_of_a_batch_are_left_as_they_are(
 ) -> None:
     out = tmp_path / "r.zarr"
     given: dict[str, Any] = {"seq_file": str(prompt_file), "method": "stream", "batch": 4}
-    finish, ends = runs._finish, Stopping(1)
+    finish, ends = solving.finish, Stopping(1)
 
     def finish_one(*given: Any) -> None:
         ends.passes(0)
         finish(*given)
 
     with monkeypatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(runs, "_finish", finish_one)
+        patch.setattr(solving, "finish", finish_one)
         run(options(tiny_folder, out, **given), Listener())
     first = (out / "prompts/000000/zarr.json").read_bytes()
     done = [prompt.attrs.get("finished") for prompt in open_results(out)]
     assert done == [True, None, None]  # the first of a batch of three, all of whose rows are done
     with monkeypatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(runs, "_finish", lambda *_: Stopping(0).passes(0))
+        patch.setattr(solving, "finish", lambda *_: Stopping(0).passes(0))
         run(options(tiny_folder, out, **given), Listener(), resume=True)
     assert not verify(out, load=None).faults
     run(options(tiny_folder, out, **given), Listener(), resume=True)
@@ -184,18 +182,18 @@ def test_prompts_that_do_not_fit_together_are_solved_alone(
     run(options(tiny_folder, out, **given), Listener())
     (first, _) = open_results(out)
     assert first.plan["prompts"] == [0, 1] and first.plan["svd"]["panel"] == 2 * len(first.tokens)
-    make_plan = runs._plan
+    make_plan = solving._plan
 
     def scarce(batch: Any, *given: Any) -> Plan:
         plan = make_plan(batch, *given)
         return replace(plan, panel=min(plan.panel, len(first.tokens)))
 
-    monkeypatch.setattr(runs, "_plan", scarce)
+    monkeypatch.setattr(solving, "_plan", scarce)
     run(options(tiny_folder, out, **given), Listener(), overwrite=True)
     assert [prompt.plan.get("prompts") for prompt in open_results(out)] == [None, None]
     before = [prompt.S.tobytes() for prompt in open_results(out)]
     (out / "prompts/000001/S/c.0.0").unlink()
-    monkeypatch.setattr(runs, "_plan", make_plan)  # the run that is continued is what counts
+    monkeypatch.setattr(solving, "_plan", make_plan)  # the run that is continued is what counts
     run(options(tiny_folder, out, **given), Listener(), resume=True)
     assert [prompt.S.tobytes() for prompt in open_results(out)] == before
 

@@ -207,6 +207,10 @@ class ResultStore:
         group = PromptGroup(self._place, f"prompts/{number:06d}")
         return group if group.attrs else None
 
+    def group(self, name: str) -> PromptGroup:
+        """The group of a prediction by its name, which it has in another process."""
+        return PromptGroup(self._place, name)
+
     def result(self, group: PromptGroup) -> PromptResult:
         """What is stored of one group, for reading."""
         return PromptResult(self._place, group.name)
