@@ -26,9 +26,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         The page with its tables.
     """
     kinds = {"options": _options, "results": lambda name: _TABLES[name](_read(name))}
-    return re.sub(
-        r"<!-- (options|results) ([\w-]+) -->", lambda m: kinds[m[1]](m[2]), markdown
-    )
+    return re.sub(r"<!-- (options|results) ([\w-]+) -->", lambda m: kinds[m[1]](m[2]), markdown)
 
 
 def _options(verb: str) -> str:
@@ -85,7 +83,15 @@ def _peers(results: dict[str, Any]) -> str:
         for one in length["methods"]
         if one["status"] in ("measured", "extrapolated")
     ]
-    head = ("tokens", "method", "time is", "seconds", "peak MiB", "error of σ / σ₁", "residual / σ₁")
+    head = (
+        "tokens",
+        "method",
+        "time is",
+        "seconds",
+        "peak MiB",
+        "error of σ",
+        "residual",
+    )
     return _table(head, rows, 4) + _machine(results)
 
 
@@ -152,12 +158,20 @@ def _processes(results: dict[str, Any]) -> str:
             row["tokens"],
             row["method"],
             f"{row['seconds']:.1f}",
-            f"{row['seconds_with_start']:.1f}",
+            f"{row['critical_path']:.1f}",
+            f"{row['speed_up']:.2f}",
         )
         for row in results["rows"]
     ]
-    head = ("processes", "tokens", "method", "seconds", "with the start of the processes")
-    return _table(head, rows, 2) + _machine(results)
+    head = (
+        "processes",
+        "tokens",
+        "method",
+        "seconds",
+        "critical path",
+        "speed-up",
+    )
+    return _table(head, rows, 3) + _machine(results)
 
 
 def _offload(results: dict[str, Any]) -> str:
