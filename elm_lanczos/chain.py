@@ -22,6 +22,7 @@ from elm_lanczos.errors import (
     ElmLanczosError,
     ModelError,
     UnsupportedModelError,
+    UsageError,
     first_line,
 )
 from elm_lanczos.freezing import Freezing, Kind, flatten, linear, mark_of, rebuild
@@ -52,7 +53,7 @@ class Trace:
 
     Attributes:
         segments: the chain, from the input embeddings to the output at one position.
-        output: (B, T, m), the final hidden states.
+        output: (B, T, m), the hidden states at the end of the chain.
         at_position: the last layer and the final norm once more, of which the layer is run for the
             output position alone behind its attention; empty where that is no gain. It is the same
             map only for layers that mix tokens nowhere else, which is to be tested.
@@ -166,6 +167,35 @@ def trace(
         whole = _whole(model, inputs, position, ids)
         return Trace((whole,), output, not_a_chain=str(reason))
     return Trace(segments, output, _at_position(segments, layers[-1], position))
+
+
+def behind_layer(model: DetachedModel, found: Trace, layer: int, position: int) -> Trace:
+    """Cuts a chain behind a layer, without the final norm.
+
+    Args:
+        model: the model.
+        found: its whole chain.
+        layer: the last layer to be run, counted from 1.
+        position: the output position p.
+
+    Returns:
+        The beginning of the chain; its outputs are the residual stream behind the layer.
+
+    Raises:
+        UsageError: if there is no such layer.
+        UnsupportedModelError: if the decoder is not a chain of layers that are run once each.
+    """
+    count, name = len(model.layers), type(model.decoder).__name__
+    if found.not_a_chain:
+        raise UnsupportedModelError(f"{name} is no chain of layers: {found.not_a_chain}")
+    if not 1 <= layer <= count:
+        raise UsageError(f"there is no layer {layer}: layers are 1 … {count}")
+    run = [segment.modules for segment in found.segments[-count - 1 : -1]]
+    stream = found.segments[layer - count - 1].input
+    if run != [(module,) for module in model.layers] or stream.shape[:2] != found.output.shape[:2]:
+        raise UnsupportedModelError(f"{name}: its layers are not run once each, in their order")
+    end = Segment("output", lambda h: h[:, position : position + 1], stream, (nn.Identity(),))
+    return Trace((*found.segments[: layer - count - 1], end), stream)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

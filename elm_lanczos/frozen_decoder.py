@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from elm_lanczos.certificate import Certificate
-from elm_lanczos.chain import Segment, is_out_of_memory, not_frozen, trace
+from elm_lanczos.chain import Segment, behind_layer, is_out_of_memory, not_frozen, trace
 from elm_lanczos.errors import ModelError, UnsupportedModelError
 from elm_lanczos.footprint import Footprint, spare
 from elm_lanczos.freezing import Freezing, Tape, linear
@@ -52,6 +52,8 @@ class FrozenDecoder:
         inputs: (B, T, d), the input embeddings.
         position: the position whose final hidden states are the outputs.
         ids: (B, T), the token ids the embeddings came from, if any.
+        layer: the layer, counted from 1, behind which the outputs are taken, without the final
+            norm; they are the final hidden states if not given.
         block: how many vectors are pushed through a segment at once; chosen from the sequence
             length if not given.
         memory: bytes that linearised segments, blocks and what is done with them may use; 70 % of
@@ -65,13 +67,14 @@ class FrozenDecoder:
     Attributes:
         segments: the chain.
         not_a_chain: why the decoder is one segment; empty if it is a chain.
-        outputs: (B, m), the final hidden states at the position.
+        outputs: (B, m), the hidden states at the position.
         footprint: the shapes that its memory follows from.
         narrowed: whether the last layer is run for the output position alone behind its attention.
 
     Raises:
-        UnsupportedModelError: if the decoder is not affine once frozen; the message names the
-            module.
+        UnsupportedModelError: if the decoder is not affine once frozen, or is not a chain of layers
+            of which one could be the last; the message names the module.
+        UsageError: if there is no such layer.
         ModelError: if the forward pass gives values that are not finite.
     """
 
@@ -82,6 +85,7 @@ class FrozenDecoder:
         position: int = -1,
         *,
         ids: Tensor | None = None,
+        layer: int | None = None,
         block: int | None = None,
         memory: int | None = None,
         keep: bool | None = None,
@@ -90,13 +94,15 @@ class FrozenDecoder:
     ) -> None:
         self.model = model
         self.inputs = inputs
-        self.ids = ids
+        self.ids, self.layer = ids, layer
         prompts, length, _ = inputs.shape
         self.position = position % length
         self._rules = RULES if rules is None else rules
         self.memory = ceiling(inputs.device) if memory is None else memory
         mode = self.freezing(type(model.decoder).__name__)
         found = trace(model, inputs, self.position, mode, ids)
+        if layer is not None:
+            found = behind_layer(model, found, layer, self.position)
         self.segments = found.segments
         self.not_a_chain = found.not_a_chain
         self.outputs = found.output[:, self.position].detach().to(inputs.device)
@@ -334,7 +340,7 @@ class FrozenDecoder:
     def predictions(self) -> list[Prediction]:
         """What the untouched model computes for each prompt at the same position."""
         given = self.inputs if self.ids is None else self.ids
-        return [self.model.predict(prompt, self.position) for prompt in given]
+        return [self.model.predict(prompt, self.position, self.layer) for prompt in given]
 
     def _raised_outputs(self) -> Tensor:
         """Runs the model's own code, unfrozen, with its casts to a lower precision left out."""
@@ -343,7 +349,7 @@ class FrozenDecoder:
             model.unfrozen(self.inputs.shape[1]),
             Freezing(model.compute_dtype, {}, default=unfrozen),
         ):
-            hidden = model.hidden_states(linear(self.inputs), self.ids)
+            hidden = model.hidden_states(linear(self.inputs), self.ids, self.layer)
         return hidden[:, self.position]
 
     def certificates(self, seed: int = 0) -> list[Certificate]:

@@ -235,15 +235,30 @@ class LayerParts:
             )
 
     def _replayed(self, *runs: tuple[Tensor, tuple[nn.Module, ...]]) -> list[Tensor]:
-        """The layer at other inputs and with modules set to zero, its coefficients as recorded."""
-        segment, decoder, tape, found = self.segment, self.decoder, Tape(), []
-        with torch.no_grad(), decoder.model.frozen():
-            with decoder.freezing(segment.name, record=tape):
-                segment.function(linear(segment.input))
-            for h, zeroed in runs:
-                with decoder.freezing(segment.name, replay=tape), outputs_zeroed(zeroed):
-                    found.append(segment.function(linear(h)).detach())
-        return found
+        return replayed(self.decoder, self.segment, *runs)
+
+
+def replayed(
+    decoder: FrozenDecoder, segment: Segment, *runs: tuple[Tensor, tuple[nn.Module, ...]]
+) -> list[Tensor]:
+    """Evaluates a frozen segment at other inputs, its coefficients as recorded at its own.
+
+    Args:
+        decoder: the frozen decoder.
+        segment: one of its segments.
+        *runs: for each the input (B, T, d), and modules whose output is set to zero.
+
+    Returns:
+        The segment's output for each.
+    """
+    tape, found = Tape(), []
+    with torch.no_grad(), decoder.model.frozen():
+        with decoder.freezing(segment.name, record=tape):
+            segment.function(linear(segment.input))
+        for h, zeroed in runs:
+            with decoder.freezing(segment.name, replay=tape), outputs_zeroed(zeroed):
+                found.append(segment.function(linear(h)).detach())
+    return found
 
 
 def layer_parts(decoder: FrozenDecoder) -> list[LayerParts]:

@@ -6,6 +6,7 @@ With `F` the frozen decoder (see `frozen_decoder`), `y = F(x)`, and J its deriva
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from elm_lanczos.certificate import Certificate
 from elm_lanczos.chain import is_linear
-from elm_lanczos.errors import UnsupportedModelError
+from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.freezing import Tape, linear
 from elm_lanczos.frozen_decoder import FrozenDecoder
 from elm_lanczos.model import Prediction
@@ -57,14 +58,15 @@ class Linearization:
     Attributes:
         model: the model.
         inputs: (T, d), the input embeddings.
-        position: the position whose final hidden state is the output.
+        position: the position whose hidden state is the output.
+        layer: the layer behind which it is taken; None behind the final norm.
         output: (m,), that hidden state.
         ids: (T,), the token ids the embeddings came from, if any.
     """
 
     def __init__(self, decoder: FrozenDecoder, number: int = 0) -> None:
         self.decoder, self.number = decoder, number
-        self.model, self.position = decoder.model, decoder.position
+        self.model, self.position, self.layer = decoder.model, decoder.position, decoder.layer
         self.inputs, self.output = decoder.inputs[number], decoder.outputs[number]
         self.ids = None if decoder.ids is None else decoder.ids[number]
         self.block, self.memory, self.keep = decoder.block, decoder.memory, decoder.keep
@@ -192,7 +194,10 @@ class Linearization:
 
         Raises:
             UnsupportedModelError: if the model's head is not affine once frozen.
+            UsageError: if the output is that of a layer, which is not what the head reads.
         """
+        if self.layer is not None:
+            raise UsageError(f"logits are not read from layer {self.layer} but from the output")
 
         def head(y: Tensor) -> Tensor:
             logits = self.model.head(y, self.inputs, self.position, self.ids)
@@ -235,11 +240,11 @@ class Linearization:
 
         return TokenOperator(self, index)
 
-    def joint(self) -> JointOperator:
-        """Returns `[J_0 … J_{T-1}]` as one LinearOperator (m, T·d)."""
+    def joint(self, tokens: Sequence[int] | None = None) -> JointOperator:
+        """Returns the Jacobians of several tokens, or of all, as one LinearOperator (m, n·d)."""
         from elm_lanczos.operators import JointOperator
 
-        return JointOperator(self)
+        return JointOperator(self, tokens)
 
 
 class Together:

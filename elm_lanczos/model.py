@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elm_lanczos.attention import IMPLEMENTATION, is_explicit, register_attention
 from elm_lanczos.conventions import frozen_conventions
@@ -296,12 +297,16 @@ class DetachedModel:
 
     # ---------------------------------------------------------------------- the model itself
 
-    def predict(self, ids_or_embeddings: Tensor, position: int = -1) -> Prediction:
+    def predict(
+        self, ids_or_embeddings: Tensor, position: int = -1, layer: int | None = None
+    ) -> Prediction:
         """Runs the untouched model, its weights raised to `compute_dtype` layer by layer.
 
         Args:
             ids_or_embeddings: (T,) ids or (T, d) embeddings.
-            position: the position whose final hidden state and logits are wanted.
+            position: the position whose hidden state and logits are wanted.
+            layer: the layer, counted from 1, behind which the hidden state is taken; behind the
+                final norm if not given.
 
         Returns:
             The model's own hidden state and logits at that position.
@@ -316,7 +321,8 @@ class DetachedModel:
         if "logits_to_keep" in inspect.signature(self.hf_model.forward).parameters:
             options["logits_to_keep"] = length - position
         caught: list[Any] = []
-        hook = self.decoder.register_forward_hook(lambda _m, _a, output: caught.append(output))
+        module = self.decoder if layer is None else self.layers[layer - 1]
+        hook = module.register_forward_hook(lambda _m, _a, output: caught.append(output))
         try:
             with self.unfrozen(length):
                 logits = self.hf_model(**options, use_cache=False).logits[0]
@@ -331,7 +337,9 @@ class DetachedModel:
         hidden = states[0, position]
         return Prediction(hidden.to(self.compute_dtype), logits[row].to(self.compute_dtype))
 
-    def hidden_states(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, z: Tensor, ids: Tensor | None = None, layer: int | None = None
+    ) -> Tensor:
         """Runs the model with `z` for its token embeddings, as far as its decoder's output.
 
         It is the whole model that is run, so that the decoder gets the masks and positions that the
@@ -342,9 +350,10 @@ class DetachedModel:
         Args:
             z: (B, T, d), may be traced.
             ids: (B, T), the tokens that `z` stands for.
+            layer: the layer, counted from 1, behind which to stop instead.
 
         Returns:
-            (B, T, m), the hidden states after the final norm.
+            (B, T, m), the hidden states after the final norm, or after the layer.
 
         Raises:
             UnsupportedModelError: if the embeddings are not used once and as they are.
@@ -368,7 +377,8 @@ class DetachedModel:
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
             raise _DecoderDone(last_hidden_state(output))
 
-        hooks = [self.decoder.register_forward_hook(stop)]
+        last = self.decoder if layer is None else self.layers[layer - 1]
+        hooks = [last.register_forward_hook(stop)]
         if ids is not None:
             hooks.append(self.embedding.register_forward_hook(put_embeddings))
         try:
@@ -428,7 +438,7 @@ class DetachedModel:
         Args:
             prompt: text, token ids (T,), or input embeddings (T, d).
             position: the position whose final hidden state `y` is the output.
-            **options: `block`, `memory` and `keep` of `FrozenDecoder`.
+            **options: `layer`, `block`, `memory` and `keep` of `FrozenDecoder`.
 
         Returns:
             The linear system at this input.
@@ -465,7 +475,7 @@ class DetachedModel:
         Args:
             prompts: token ids (T,) each.
             position: the position whose final hidden states are the outputs.
-            **options: `block`, `memory` and `keep` of `FrozenDecoder`.
+            **options: `layer`, `block`, `memory` and `keep` of `FrozenDecoder`.
 
         Returns:
             The linear system of each, all of one frozen decoder. `FrozenDecoder.vjp` and `jvp` do
@@ -522,6 +532,24 @@ class DetachedModel:
             wanted["_attn_implementation_internal"] = IMPLEMENTATION
         computing, names = self.arithmetic(), self._implementations(wanted)
         with computing, names, kept, evaluating(self.hf_model), raised, torch.no_grad():
+            yield
+
+    @contextlib.contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Lets the model run as it is, on code that torch can differentiate forward.
+
+        Fused attention and fused experts have no forward derivative, so they are written out for
+        the time being; attention then makes T×T arrays of every head.
+
+        Yields:
+            Nothing.
+        """
+        written_out = {
+            "_attn_implementation_internal": "eager",
+            "_experts_implementation_internal": "eager",
+        }
+        kernels = sdpa_kernel(SDPBackend.MATH)  # for code that calls torch's attention by itself
+        with self.unfrozen(1), self._implementations(written_out), kernels:
             yield
 
     @contextlib.contextmanager
@@ -733,7 +761,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def last_hidden_state(output: Any) -> Tensor:
-    """Returns the final hidden states (1, T, m) of a decoder's output."""
+    """Returns the hidden states (B, T, m) of what a decoder or one of its layers gives."""
+    if isinstance(output, Tensor):
+        return output
     state = getattr(output, "last_hidden_state", None)
     return state if state is not None else output[0]
 

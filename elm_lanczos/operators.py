@@ -477,23 +477,36 @@ class TokenOperator(LinearOperator):
 
 
 class JointOperator(LinearOperator):
-    """The Jacobian of the whole prompt, [J_0 … J_{T−1}], of shape (m, T·d)."""
+    """The Jacobian of several tokens side by side, [J_i for i in tokens], of shape (m, n·d)."""
 
-    def __init__(self, lin: LinearMap) -> None:
+    def __init__(self, lin: LinearMap, tokens: Sequence[int] | None = None) -> None:
         """Wrap a linearisation.
 
         Args:
             lin: The linearisation.
+            tokens: n positions from 0 to T−1, each once; all of them by default.
+
+        Raises:
+            ValueError: Where a token lies outside the prompt or comes twice.
         """
         T, d = lin.inputs.shape
-        super().__init__((lin.output.shape[-1], T * d), lin.inputs.dtype, lin.inputs.device)
-        self.lin = lin
+        chosen = list(range(T)) if tokens is None else list(tokens)
+        if not set(chosen) <= set(range(T)) or len(set(chosen)) < len(chosen):
+            raise ValueError(f"expected different tokens from 0 to {T - 1}, got {chosen}")
+        super().__init__(
+            (lin.output.shape[-1], len(chosen) * d), lin.inputs.dtype, lin.inputs.device
+        )
+        self.lin, self._tokens = lin, torch.tensor(chosen, device=self.device)
 
     def _matmat(self, X: Tensor) -> Tensor:
-        return self.lin.jvp(X.T.reshape(-1, *self.lin.inputs.shape)).T
+        _, d = self.lin.inputs.shape
+        tangents = X.new_zeros(X.shape[1], *self.lin.inputs.shape)
+        tangents[:, self._tokens] = X.T.reshape(X.shape[1], -1, d)
+        return self.lin.jvp(tangents).T
 
     def _rmatmat(self, Y: Tensor) -> Tensor:
-        return self.lin.vjp(Y.T.contiguous()).reshape(-1, self.shape[1]).T
+        rows = self.lin.vjp(Y.T.contiguous()).index_select(1, self._tokens)
+        return rows.reshape(-1, self.shape[1]).T
 
 
 def _scattered_jvp(lin: LinearMap, V: Tensor, tokens: Tensor) -> Tensor:

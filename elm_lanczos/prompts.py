@@ -10,6 +10,9 @@ from pathlib import Path
 
 from elm_lanczos.errors import UsageError
 
+PHRASES = Path(__file__).parent / "bundled" / "phrases.txt"
+"""A hundred short phrases, in the public domain, to compare models by."""
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -80,8 +80,13 @@ def with_mlp(mlp: Callable[[Any, Tensor], Tensor], layer: int = 0, **options: An
     return DetachedModel(hf, **options)
 
 
-def hand_frozen_output(hf: Any, x: Tensor, position: int = -1, gate: str = "frozen") -> Tensor:
-    """Returns y (m,) for embeddings x (T, d), every coefficient detached by hand."""
+def hand_frozen_output(
+    hf: Any, x: Tensor, position: int = -1, gate: str = "frozen", layer: int | None = None
+) -> Tensor:
+    """Returns y (m,) for embeddings x (T, d), every coefficient detached by hand.
+
+    With a layer, counted from 1, it is the residual stream behind that layer.
+    """
     config, decoder = hf.config, hf.model
     family = config.model_type
     gemma = family.startswith("gemma")
@@ -137,22 +142,27 @@ def hand_frozen_output(hf: Any, x: Tensor, position: int = -1, gate: str = "froz
             return mlp.down_proj(g * (activated / g).detach() * up.detach())
         return mlp.down_proj(activated.detach() * up)
 
-    for index, layer in enumerate(decoder.layers[: config.num_hidden_layers]):
+    for index, block in enumerate(decoder.layers[: layer or config.num_hidden_layers]):
         if family == "olmo2":  # norms after the sublayers only
-            x = x + norm(layer.post_attention_layernorm, attend(layer.self_attn, x, index))
-            x = x + norm(layer.post_feedforward_layernorm, feed_forward(layer.mlp, x))
+            x = x + norm(block.post_attention_layernorm, attend(block.self_attn, x, index))
+            x = x + norm(block.post_feedforward_layernorm, feed_forward(block.mlp, x))
         elif gemma:  # before and after
-            out = attend(layer.self_attn, norm(layer.input_layernorm, x), index)
-            x = x + norm(layer.post_attention_layernorm, out)
-            out = feed_forward(layer.mlp, norm(layer.pre_feedforward_layernorm, x))
-            x = x + norm(layer.post_feedforward_layernorm, out)
+            out = attend(block.self_attn, norm(block.input_layernorm, x), index)
+            x = x + norm(block.post_attention_layernorm, out)
+            out = feed_forward(block.mlp, norm(block.pre_feedforward_layernorm, x))
+            x = x + norm(block.post_feedforward_layernorm, out)
         else:
-            x = x + attend(layer.self_attn, norm(layer.input_layernorm, x), index)
-            x = x + feed_forward(layer.mlp, norm(layer.post_attention_layernorm, x))
-    return norm(decoder.norm, x)[position]
+            x = x + attend(block.self_attn, norm(block.input_layernorm, x), index)
+            x = x + feed_forward(block.mlp, norm(block.post_attention_layernorm, x))
+    return (x if layer else norm(decoder.norm, x))[position]
 
 
-def hand_frozen_jacobian(hf: Any, x: Tensor, position: int = -1, gate: str = "frozen") -> Tensor:
+def hand_frozen_jacobian(
+    hf: Any, x: Tensor, position: int = -1, gate: str = "frozen", layer: int | None = None
+) -> Tensor:
     """Returns J (T, m, d) of the hand-frozen model by `torch.autograd`."""
-    J = torch.autograd.functional.jacobian(lambda z: hand_frozen_output(hf, z, position, gate), x)
-    return J.movedim(1, 0).detach()
+
+    def output(z: Tensor) -> Tensor:
+        return hand_frozen_output(hf, z, position, gate, layer)
+
+    return torch.autograd.functional.jacobian(output, x).movedim(1, 0).detach()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import transformers
 from elm_lanczos.analysis import attribute
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.model import DetachedModel
-from tests.families import CONFIGS, PROMPT, detached_model
+from tests.families import CONFIGS, PROMPT, detached_model, hf_model
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))
@@ -56,3 +58,60 @@ def test_head_that_is_not_affine_is_refused() -> None:
     model.hf_model.lm_head.__class__ = Bent
     with pytest.raises(UnsupportedModelError, match="logits"):
         attribute(model.linearize(PROMPT))
+
+
+def _cp_lrp(hf: Any, family: str, patch: pytest.MonkeyPatch) -> None:
+    """The rules of `lxt.efficient.models.{llama,qwen3,gemma3}.cp_LRP`, as of LXT 2.1."""
+    module = sys.modules[type(hf).__module__]
+    name = {"llama": "Llama", "qwen3": "Qwen3", "gemma3": "Gemma3"}[family]
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:  # rms_norm_forward
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).detach()
+
+    def gemma_norm(self: Any, x: torch.Tensor) -> torch.Tensor:  # gemma3_norm
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps).detach()
+
+    def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:  # cp_gated_mlp_forward
+        return self.down_proj(self.act_fn(self.gate_proj(x)).detach() * self.up_proj(x))
+
+    def attention(self: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **_: Any) -> Any:
+        q, k = q.detach(), k.detach()  # patch_cp_attention
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        probabilities = (q @ k.mT * scaling + mask).softmax(-1)
+        return (probabilities @ v).transpose(1, 2), probabilities
+
+    patch.setattr(getattr(module, f"{name}MLP"), "forward", mlp)
+    if family == "gemma3":
+        patch.setattr(module.Gemma3RMSNorm, "_norm", gemma_norm)
+        scaled = lambda self, x: self._norm(x) * (1 + self.weight)  # noqa: E731 (without casts)
+        patch.setattr(module.Gemma3RMSNorm, "forward", scaled)
+    else:
+        kind = getattr(module, f"{name}RMSNorm")
+        patch.setattr(kind, "forward", lambda self, x: self.weight * norm(self, x))
+    patch.setattr(module, "eager_attention_forward", attention)
+    hf.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_shares_are_the_relevances_of_cp_lrp(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relevance is gradient times input under the rules of LXT 2.1's `cp_LRP`.
+
+    They are written out here: LXT 2.1 cannot be imported with transformers 5, whose
+    `pytorch_utils` has no `find_pruneable_heads_and_indices`. They stop the gradient at the same
+    places as the freezing does, found by others for another reason; nothing of this package is used
+    to compute them.
+    """
+    result = attribute(detached_model(family).linearize(PROMPT))
+    hf = hf_model(family)
+    x = hf.get_input_embeddings()(PROMPT).detach()[None].requires_grad_()
+    plain = hf(inputs_embeds=x).logits[0, -1, result.target]
+    (gradient,) = torch.autograd.grad(plain, x)
+    ordinary = (gradient * x)[0].sum(-1)
+    with monkeypatch.context() as patch:
+        _cp_lrp(hf, family, patch)
+        logit = hf(inputs_embeds=x).logits[0, -1, result.target]
+        (gradient,) = torch.autograd.grad(logit, x)
+    relevance = (gradient * x)[0].sum(-1).detach()
+    assert abs(float(logit.detach()) - result.logit) <= 1e-12 * abs(result.logit)
+    assert torch.allclose(result.shares, relevance, rtol=1e-10, atol=1e-12)
+    assert float((ordinary - relevance).norm()) > 1e-2 * float(relevance.norm())  # the rules bite

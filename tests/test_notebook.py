@@ -13,7 +13,7 @@ from elm_lanczos.certificate import Certificate
 from elm_lanczos.config import RunConfig
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.report.json_lines import JsonLines
-from elm_lanczos.report.notebook import ROWS, card
+from elm_lanczos.report.notebook import ROWS, card, html_table
 from elm_lanczos.run import run
 from elm_lanczos.store import Results
 
@@ -64,15 +64,15 @@ def stored(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Resul
 
 
 def test_everything_in_a_card_is_escaped() -> None:
-    page = Page(card(HOSTILE, [HOSTILE], [[HOSTILE]], [HOSTILE]))
+    page = Page(card(HOSTILE, [html_table([HOSTILE], [[HOSTILE]])], [HOSTILE]))
     assert page.tags == ["div", "h3", "table", "thead", "tr", "th", "tbody", "tr", "td", "p"]
     assert page.text.count('<script>alert("1")</script> & <img src=x onerror=1>') == 4
     assert "\x1b" not in page.text and "\u202e" not in page.text  # they steer terminals and lines
     assert page.text.count(r"\x1b[2J\u202e") == 4
 
 
-def test_card_rounds_numbers_and_says_what_is_left_out() -> None:
-    page = Page(card("t", ["a"], [[0.123456], [7], [float("nan")]], left_out=5))
+def test_table_rounds_numbers_and_says_what_is_left_out() -> None:
+    page = Page(html_table(["a"], [[0.123456], [7], [float("nan")]], left_out=5))
     assert {"0.1235", "7", "nan", "… and 5 more rows in between"} <= set(page.text.split("\n"))
 
 

@@ -63,6 +63,10 @@ class Analysis(ABC):
     def to_dataframe(self) -> pd.DataFrame:
         """Returns all that is found as one flat table; words are lists of token texts."""
 
+    def tables(self) -> list[pd.DataFrame]:
+        """Returns what a terminal or a notebook shows of it; all of it, if not said otherwise."""
+        return [self.to_dataframe()]
+
     @abstractmethod
     def plot(self) -> Figure:
         """Draws it.

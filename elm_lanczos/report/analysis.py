@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -14,8 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from elm_lanczos.analysis.result import Analysis
-from elm_lanczos.report.notebook import card, shown
+from elm_lanczos.report.notebook import card, html_table, shown
 from elm_lanczos.report.text import printable, token_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def render(result: Analysis, width: int = 100) -> RenderableType:
@@ -28,37 +32,50 @@ def render(result: Analysis, width: int = 100) -> RenderableType:
     Returns:
         Something rich can print.
     """
-    rows, left_out = _shown(result)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in result.to_dataframe().columns:
-        numbers = all(not isinstance(row[name], (str, list)) for row in rows)
-        table.add_column(
-            name.replace("_", " "),
-            justify="right" if numbers else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-    for row in rows:
-        table.add_row(*(Text(_cell(name, value)) for name, value in row.items()))
-    parts: list[RenderableType] = [Text(_short(result.title), style="bold"), table]
-    if left_out:
-        parts.append(Text(f"… and {left_out} more rows in between", style="dim"))
+    parts: list[RenderableType] = [Text(_short(result.title), style="bold")]
+    for frame in result.tables():
+        parts += _table(frame)
     parts += [Text(printable(fact)) for fact in result.facts]
     parts += [Text(f"! {printable(doubt)}", style="bold yellow") for doubt in result.doubts]
     return Group(*parts)
 
 
+def _table(frame: pd.DataFrame) -> list[RenderableType]:
+    """A table for a terminal, and what is left out of it."""
+    rows, left_out = _shown(frame)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in frame.columns:
+        numbers = all(not isinstance(row[name], (str, list)) for row in rows)
+        head = printable(name.replace("_", " "))
+        widest = max([len(head), *(len(_cell(name, row[name])) for row in rows)])
+        table.add_column(
+            Text(head),
+            justify="right" if numbers else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            min_width=widest if numbers else None,  # words may be cut, numbers not
+        )
+    for row in rows:
+        table.add_row(*(Text(_cell(name, value)) for name, value in row.items()))
+    said = f"… and {left_out} more rows in between"
+    return [table, Text(said, style="dim")] if left_out else [table]
+
+
 def to_html(result: Analysis) -> str:
-    """Returns a result as a piece of HTML: its figure, its table and its facts, all escaped."""
-    rows, left_out = _shown(result)
-    names = list(result.to_dataframe().columns)
-    return card(
-        _short(result.title),
+    """Returns a result as a piece of HTML: its figure, its tables and its facts, all escaped."""
+    facts = [*result.facts, *(f"! {doubt}" for doubt in result.doubts)]
+    tables = [_frame(frame) for frame in result.tables()]
+    return card(_short(result.title), tables, facts, _picture(result))
+
+
+def _frame(frame: pd.DataFrame) -> str:
+    """A table as HTML, and what is left out of it."""
+    rows, left_out = _shown(frame)
+    names = list(frame.columns)
+    return html_table(
         [name.replace("_", " ") for name in names],
         [[_cell(name, row[name]) for name in names] for row in rows],
-        [*result.facts, *(f"! {doubt}" for doubt in result.doubts)],
-        left_out=left_out,
-        picture=_picture(result),
+        left_out,
     )
 
 
@@ -83,9 +100,9 @@ def _picture(result: Analysis) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _shown(result: Analysis) -> tuple[Sequence[dict[str, Any]], int]:
+def _shown(frame: pd.DataFrame) -> tuple[Sequence[dict[str, Any]], int]:
     """The rows that are shown, and how many are left out; files and `to_dataframe` have all."""
-    rows: list[dict[str, Any]] = result.to_dataframe().to_dict(orient="records")
+    rows: list[dict[str, Any]] = frame.to_dict(orient="records")
     return shown(rows)
 
 
@@ -94,7 +111,7 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, list):
         return "  ".join(printable(str(word).strip()) or token_text(str(word)) for word in value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return "–" if math.isnan(value) else f"{value:.4g}"
     return token_text(value) if name == "token" else printable(str(value))
 
 

@@ -32,42 +32,42 @@ def shown(rows: Sequence[Any]) -> tuple[Sequence[Any], int]:
     return ([*rows[: ROWS // 2], *rows[-ROWS // 2 :]] if left_out else rows), left_out
 
 
-def card(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    lines: Sequence[str] = (),
-    *,
-    left_out: int = 0,
-    picture: str = "",
-) -> str:
-    """Returns a piece of HTML with everything in it escaped.
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left_out: int = 0) -> str:
+    """Returns a table as HTML, with everything in it escaped.
 
     Args:
-        title: what this is.
-        columns: the heads of the table.
+        columns: its heads.
         rows: its cells; numbers are rounded to four digits.
-        lines: what is to be said beside it.
         left_out: rows that are not among them.
-        picture: a PNG in base64, shown before the table.
 
     Returns:
-        One `div`.
+        The table, and a line that says what is left out.
     """
     head = "".join(f"<th>{_safe(name)}</th>" for name in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{_safe(_text(cell))}</td>" for cell in row) + "</tr>" for row in rows
     )
-    lines = [*lines, *([f"… and {left_out} more rows in between"] if left_out else [])]
+    said = f"<p>… and {left_out} more rows in between</p>" if left_out else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{said}"
+
+
+def card(title: str, tables: Sequence[str], lines: Sequence[str] = (), picture: str = "") -> str:
+    """Returns an object as a piece of HTML.
+
+    Args:
+        title: what it is.
+        tables: what `html_table` has made.
+        lines: what is to be said beside them.
+        picture: a PNG in base64, shown before them.
+
+    Returns:
+        One `div`.
+    """
     image = (
         f'<img alt="{_safe(title)}" src="data:image/png;base64,{picture}" style="max-width:100%">'
     )
-    return (
-        f"<div><h3>{_safe(title)}</h3>{image if picture else ''}"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        + "".join(f"<p>{_safe(line)}</p>" for line in lines)
-        + "</div>"
-    )
+    said = "".join(f"<p>{_safe(line)}</p>" for line in lines)
+    return f"<div><h3>{_safe(title)}</h3>{image if picture else ''}{''.join(tables)}{said}</div>"
 
 
 def certificate(found: Certificate) -> str:
@@ -89,7 +89,8 @@ def certificate(found: Certificate) -> str:
     if found.not_a_chain:
         lines.append(f"linearised as a whole: {found.not_a_chain}")
     title = "exact" if found.exact else f"NOT EXACT: {', '.join(found.failures)}"
-    return card(title, ("figure", "value", "bound", "", "what is compared"), rows, lines)
+    columns = ("figure", "value", "bound", "", "what is compared")
+    return card(title, [html_table(columns, rows)], lines)
 
 
 def linearization(lin: Linearization) -> str:
@@ -104,14 +105,13 @@ def linearization(lin: Linearization) -> str:
     structure = lin.not_a_chain or f"a chain of {len(lin.segments)} segments"
     return card(
         f"{lin.model.name}: y = Σ J_i x_i + c",
-        ("index", "id", "token", ""),
-        rows,
+        [html_table(("index", "id", "token", ""), rows, left_out)],
         (
             f"{T} detached Jacobians J_i, {m} × {d}, {str(lin.output.dtype)[6:]} on "
             f"{lin.inputs.device}",
+            *([] if lin.layer is None else [f"y is the residual stream behind layer {lin.layer}"]),
             structure,
         ),
-        left_out=left_out,
     )
 
 
@@ -120,7 +120,7 @@ def triplets(found: SVDResult) -> str:
     count = min(_VALUES, found.S.shape[1])
     scale = found.S[:, 0].where(found.S[:, 0] > 0, 1.0)
     worst = (found.residual.amax(1) / scale).tolist()
-    table = [
+    all_rows = [
         (
             found.tokens[i],
             *found.S[i, :count].tolist(),
@@ -131,22 +131,21 @@ def triplets(found: SVDResult) -> str:
         )
         for i in range(len(found.tokens))
     ]
-    rows, left_out = shown(table)
+    rows, left_out = shown(all_rows)
     n, k, m = found.U.shape
     values = [f"σ{'₁₂₃'[j]}" for j in range(count)]
+    columns = ("operator", *values, "stable rank", "residual / σ₁", "clusters", "status")
     return card(
         f"{k} leading singular triplets of {n} operators, {m} × {found.V.shape[2]}",
-        ("operator", *values, "stable rank", "residual / σ₁", "clusters", "status"),
-        rows,
+        [html_table(columns, rows, left_out)],
         (f"{found.method}, {found.passes} passes, tolerance {found.plan.tol:g}",),
-        left_out=left_out,
     )
 
 
 def prompt_result(result: PromptResult) -> str:
     """Returns one prediction of a store: its tokens, and what was found for each."""
     count = min(2, result.S.shape[1])
-    table = [
+    all_rows = [
         (
             i,
             token_text(token),
@@ -157,14 +156,13 @@ def prompt_result(result: PromptResult) -> str:
         )
         for i, token in enumerate(result.tokens)
     ]
-    rows, left_out = shown(table)
+    rows, left_out = shown(all_rows)
     values = [f"σ{'₁₂'[j]}" for j in range(count)]
+    columns = ("index", "token", "share of logit", *values, "stable rank", "status")
     return card(
         result.text,
-        ("index", "token", "share of logit", *values, "stable rank", "status"),
-        rows,
+        [html_table(columns, rows, left_out)],
         (f"predicted: {_predicted(result)}", f"certificate: {_verdict(result)}", str(result.path)),
-        left_out=left_out,
     )
 
 
@@ -177,13 +175,11 @@ def results(run: Results) -> str:
     config: Any = run.attrs.get("config") or {}
     return card(
         str(run.path),
-        ("index", "prompt", "tokens", "predicted", "certificate"),
-        rows,
+        [html_table(("index", "prompt", "tokens", "predicted", "certificate"), rows, left_out)],
         (
             f"model {config.get('model') or 'bundled'}, k = {config.get('k')}",
             "complete" if run.complete else "not complete: elm-lanczos run --resume goes on",
         ),
-        left_out=left_out,
     )
 
 
