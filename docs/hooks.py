@@ -205,6 +205,23 @@ def _scaling(results: dict[str, Any]) -> str:
     return _table(head, rows, 4) + _machine(results)
 
 
+def _steering(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["concept"],
+            row["prompt"],
+            f"{row['rise']:.2f}",
+            f"{row['excess_loss']:.2f}",
+            f"{100 * row['energy']:.0f} %",
+        )
+        for row in results["pairs"]
+    ]
+    means = results["means"]
+    rows.append(("**mean**", "", f"{means['rise']:.2f}", f"{means['excess_loss']:.2f}", ""))
+    head = ("concept", "prompt", "rise", "excess loss", "share of the triplets in ‖J‖²")
+    return _table(head, rows, 3) + _machine(results)
+
+
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "batching": _batching,
     "hard": _hard,
@@ -216,4 +233,5 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan": _plan,
     "processes": _processes,
     "scaling": _scaling,
+    "steering": _steering,
 }
