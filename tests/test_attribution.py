@@ -106,7 +106,7 @@ def test_shares_are_the_relevances_of_cp_lrp(family: str, monkeypatch: pytest.Mo
     x = hf.get_input_embeddings()(PROMPT).detach()[None].requires_grad_()
     plain = hf(inputs_embeds=x).logits[0, -1, result.target]
     (gradient,) = torch.autograd.grad(plain, x)
-    ordinary = (gradient * x)[0].sum(-1)
+    ordinary = (gradient * x)[0].sum(-1).detach()
     with monkeypatch.context() as patch:
         _cp_lrp(hf, family, patch)
         logit = hf(inputs_embeds=x).logits[0, -1, result.target]

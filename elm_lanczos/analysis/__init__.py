@@ -2,7 +2,7 @@
 
 from elm_lanczos.analysis.attribution import Attribution, attribute
 from elm_lanczos.analysis.comparison import Comparison, Spectra, compare
-from elm_lanczos.analysis.components import Components, components
+from elm_lanczos.analysis.contributions import Components, components
 from elm_lanczos.analysis.ordinary_jacobian import OrdinaryJacobian, ordinary
 from elm_lanczos.analysis.result import Analysis
 from elm_lanczos.analysis.steering import (

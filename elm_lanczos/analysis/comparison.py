@@ -283,6 +283,7 @@ def compare(
 
         options = {"k": k, "method": method, "tol": tol, "seed": seed}
         spectra = _spectra(model, prompts, top, memory, tell, options)
+        del model  # before the next one is loaded
         same = sum(each.model.split(" #")[0] == spectra.model for each in found)
         found.append(replace(spectra, model=f"{spectra.model} #{same + 1}") if same else spectra)
     return Comparison(

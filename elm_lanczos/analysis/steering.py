@@ -511,8 +511,13 @@ class SteeringSweep(_Steered):
 
     @property
     def facts(self) -> list[str]:
-        """The continuation without steering, and the words that count."""
+        """Every continuation, the words that count and their figures without steering."""
+        steered = [
+            f"layer {trial.operator.layer}, strength {trial.strength:g}: {trial.steered.text}"
+            for trial in self.trials
+        ]
         return [
+            *steered,
             f"without: {self.unsteered.text}",
             f"without: log-probability of the concept's words "
             f"({', '.join(map(repr, self.words))}) {self.unsteered.concept:.2f}, loss "
@@ -532,10 +537,11 @@ class SteeringSweep(_Steered):
             "text_without": self.unsteered.text,
             "concept_without": self.unsteered.concept,
             "loss_without": self.unsteered.loss,
+            "texts_steered": [trial.steered.text for trial in self.trials],
         }
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Returns one row a trial: settings, what steering gains and costs, and the text."""
+        """Returns one row a trial: its setting, what steering gains and what it costs."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -548,7 +554,6 @@ class SteeringSweep(_Steered):
                     "loss": trial.steered.loss,
                     "excess_loss": self.damage(trial.steered),
                     "energy": trial.operator.energy,
-                    "text": trial.steered.text,
                 }
                 for trial in self.trials
             ]

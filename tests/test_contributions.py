@@ -13,7 +13,7 @@ import torch
 
 from elm_lanczos import cli
 from elm_lanczos.analysis import components
-from elm_lanczos.analysis.components import BINS, jacobian_norms
+from elm_lanczos.analysis.contributions import BINS, jacobian_norms
 from elm_lanczos.architectures import tiny_config, tiny_model
 from elm_lanczos.decode import decode_input, decode_output
 from elm_lanczos.errors import UnsupportedModelError, UsageError
@@ -22,7 +22,7 @@ from tests.families import PROMPT, detached_model, hand_frozen_output, hf_model
 from tests.test_matrix_free import WIDTH, NoJacobian
 from tests.test_matrix_free import model as wide_model  # noqa: F401
 
-OTHERS = ["opt", "phi", "qwen3_moe", "granite", "nemotron_h"]
+OTHERS = ["opt", "phi", "qwen3_moe", "granite"]
 
 
 @pytest.mark.parametrize("family", ["llama-biased", "gemma2", "olmo2", *OTHERS])

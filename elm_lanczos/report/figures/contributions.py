@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from elm_lanczos.analysis.components import Components
+from elm_lanczos.analysis.contributions import Components
 from elm_lanczos.report.figures.style import (
     BLACK,
     BLUE,

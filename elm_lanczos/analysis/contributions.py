@@ -253,7 +253,7 @@ class Components(Analysis):
 
     def plot(self) -> Figure:
         """Draws the Jacobian with its spectrum, and the contributions of the layers."""
-        from elm_lanczos.report.figures.components import draw
+        from elm_lanczos.report.figures.contributions import draw
 
         return draw(self)
 
