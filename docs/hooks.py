@@ -69,30 +69,35 @@ def _machine(results: dict[str, Any]) -> str:
 
 
 def _peers(results: dict[str, Any]) -> str:
-    rows = [
-        (
-            length["tokens"],
-            f"`{one['method']}`" + (f" ({one['note']})" if one["note"] else ""),
-            one["status"],
-            f"{one['seconds']:.2f}",
-            f"{one['peak_mib']:.0f}",
-            f"{one['sigma']:.0e}",
-            f"{one['residual']:.0e}",
-        )
-        for length in results["lengths"]
+    lengths = results["lengths"]
+    found = {
+        (one["method"], length["tokens"]): one
+        for length in lengths
         for one in length["methods"]
         if one["status"] in ("measured", "extrapolated")
-    ]
-    head = (
-        "tokens",
-        "method",
-        "time is",
-        "seconds",
-        "peak MiB",
-        "error of σ",
-        "residual",
-    )
-    return _table(head, rows, 4) + _machine(results)
+    }
+    tokens = [length["tokens"] for length in lengths]
+    rows = []
+    for method in dict.fromkeys(method for method, _ in found):
+        ones = [found.get((method, T)) for T in tokens]
+        there = [one for one in ones if one is not None]
+        rows.append(
+            (
+                f"`{method}`",
+                *(_seconds(one) for one in ones),
+                f"{there[-1]['peak_mib']:.0f}",
+                f"{max(one['sigma'] for one in there):.0e}",
+                f"{max(one['residual'] for one in there):.0e}",
+            )
+        )
+    head = ("method", *(f"T = {T}" for T in tokens), "peak MiB", "error of σ", "residual")
+    return _table(head, rows, len(head) - 1) + _machine(results)
+
+
+def _seconds(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return "–"
+    return ("≈ " if one["status"] == "extrapolated" else "") + f"{one['seconds']:.3g}"
 
 
 def _hard(results: dict[str, Any]) -> str:
