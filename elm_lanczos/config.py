@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -205,22 +206,40 @@ def output_positions(config: RunConfig, length: int) -> list[int]:
     return [main, *sorted(wanted - {main})]
 
 
-def select_tokens(spec: str, length: int, option: str = "--tokens") -> list[int]:
+def select_tokens(
+    spec: str,
+    length: int,
+    option: str = "--tokens",
+    *,
+    of: str = "the prompt",
+    what: str = "tokens",
+    start: int = 0,
+) -> list[int]:
     """Returns the token positions that `--tokens` names, in ascending order.
 
     Args:
         spec: `all`, `last:N`, `first:N`, positions `0,5,-1`, or a slice `start:stop:step`.
         length: number of tokens T.
         option: the option to name in errors.
+        of: what has so many, for errors.
+        what: of what, for errors.
+        start: the number of the first of them.
 
     Returns:
-        Positions in 0 … T - 1, each once.
+        Numbers in start … start + T - 1, each once.
 
     Raises:
         UsageError: if the selection cannot be read, is outside the prompt, or is empty.
     """
     spec = spec.strip()
-    everything = range(length)
+    everything = range(start, start + length)
+
+    def place(number: str) -> int:
+        """The place of a number; negative ones count from the end."""
+        if 0 <= int(number) < start:
+            raise IndexError
+        return int(number) - start * (int(number) >= start)
+
     try:
         if spec == "all":
             chosen: Any = everything
@@ -229,15 +248,23 @@ def select_tokens(spec: str, length: int, option: str = "--tokens") -> list[int]
         elif spec.startswith("first:"):
             chosen = everything[: int(spec[6:])]
         elif ":" in spec:
-            chosen = everything[slice(*(int(p) if p else None for p in spec.split(":")))]
+            chosen = _sliced(everything, spec, place)
         else:
-            chosen = [everything[int(part)] for part in spec.split(",")]
+            chosen = [everything[place(part)] for part in spec.split(",")]
     except IndexError as error:
-        raise UsageError(f"{option} {spec}: the prompt has only {length} tokens") from error
+        there = f"{what} {start} to {length}" if start else f"only {length} {what}"
+        raise UsageError(f"{option} {spec}: {of} has {there}") from error
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"{option} {spec}: use all, last:8, first:8, positions like 0,5,9, or start:stop:step"
         ) from error
     if not chosen:
-        raise UsageError(f"{option} {spec} selects none of the {length} tokens")
+        raise UsageError(f"{option} {spec} selects none of the {length} {what}")
     return sorted(set(chosen))
+
+
+def _sliced(numbers: range, spec: str, place: Callable[[str], int]) -> range:
+    """A slice `start:stop:step` of numbers, of which start and stop are some."""
+    ends, step = spec.split(":")[:2], spec.split(":")[2:]
+    begin, end = (place(one) if one else None for one in ends)
+    return numbers[slice(begin, end, *(int(one) if one else None for one in step))]

@@ -70,6 +70,7 @@ class FrozenDecoder:
         outputs: (B, m), the hidden states at the position.
         footprint: the shapes that its memory follows from.
         narrowed: whether the last layer is run for the output position alone behind its attention.
+        pushed: vectors pushed through a segment so far; a pass pushes one through each.
 
     Raises:
         UnsupportedModelError: if the decoder is not affine once frozen, or is not a chain of layers
@@ -95,6 +96,7 @@ class FrozenDecoder:
         self.model = model
         self.inputs = inputs
         self.ids, self.layer = ids, layer
+        self.pushed = 0
         prompts, length, _ = inputs.shape
         self.position = position % length
         self._rules = RULES if rules is None else rules
@@ -160,7 +162,8 @@ class FrozenDecoder:
         prompts, length, _ = self.inputs.shape
         return self.footprint.arrays(length, self.block, prompts, keep=self.keep)
 
-    def _map(self, index: int) -> LinearMap:
+    def map(self, index: int) -> LinearMap:
+        """Returns a segment of the chain as a linear map, by its number."""
         if index in self._maps:
             return self._maps[index]
         result = self.linearized(self.segments[index])
@@ -210,16 +213,16 @@ class FrozenDecoder:
         return h, u
 
     def linearized(self, segment: Segment) -> LinearMap:
-        """Linearises a segment at its input.
+        """Linearises a segment, of the chain or any other, at its input.
 
         Args:
-            segment: one of this decoder's, or a part of one.
+            segment: the segment.
 
         Returns:
-            Its derivative.
+            Its linear map; what goes through it is counted in `pushed`.
 
         Raises:
-            UnsupportedModelError: if torch cannot differentiate it.
+            UnsupportedModelError: if it cannot be transformed; the message names it.
             RuntimeError: if memory is used up.
         """
 
@@ -237,6 +240,7 @@ class FrozenDecoder:
         push_forward: list[Callable[[Tensor], Any]] = []
 
         def vjp(cotangents: Tensor) -> Tensor:
+            self.pushed += len(cotangents)
             return torch.func.vmap(lambda u: pull_back(u)[0])(cotangents.to(out.device))
 
         def jvp(tangents: Tensor) -> Tensor:
@@ -244,6 +248,7 @@ class FrozenDecoder:
                 zero = torch.zeros_like(out)
                 push_forward.append(torch.func.vjp(lambda u: pull_back(u)[0], zero)[1])
             tangents = tangents.to(segment.input.device)
+            self.pushed += len(tangents)
             return torch.func.vmap(lambda v: push_forward[0](v)[0])(tangents)
 
         return LinearMap(vjp, jvp)
@@ -262,7 +267,7 @@ class FrozenDecoder:
             for start in range(0, len(cotangents), self.block):
                 g = cotangents[start : start + self.block, :, None]
                 for index in reversed(range(len(self.segments))):
-                    g = self._map(index).vjp(g)
+                    g = self.map(index).vjp(g)
                 out[start : start + self.block] = g
         return out
 
@@ -279,7 +284,7 @@ class FrozenDecoder:
         g = cotangents[:, :, None]
         for index in reversed(range(len(self.segments))):
             with torch.no_grad(), self.model.arithmetic():
-                g = self._map(index).vjp(g)
+                g = self.map(index).vjp(g)
             yield g
 
     def jvp(self, tangents: Tensor) -> Tensor:
@@ -296,7 +301,7 @@ class FrozenDecoder:
             for start in range(0, len(tangents), self.block):
                 v = tangents[start : start + self.block]
                 for index in range(len(self.segments)):
-                    v = self._map(index).jvp(v)
+                    v = self.map(index).jvp(v)
                 out[start : start + self.block] = v[:, :, 0]
         return out
 

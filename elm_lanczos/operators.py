@@ -264,10 +264,12 @@ class OperatorBatch(ABC):
         inputs: (n, d) inputs x_i that fix the signs of singular vectors, or None.
         precision: Of the operators' float32 products, 'ieee' or 'tf32'.
         vectors: How many vectors they take at a time.
+        row_cost: What `rows` of one vector costs, in products of one operator.
     """
 
     precision = "ieee"
     vectors = 64
+    row_cost = 1.0
     shape: tuple[int, int, int]
     dtype: torch.dtype
     device: torch.device

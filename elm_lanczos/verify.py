@@ -29,10 +29,17 @@ from elm_lanczos.run import load_model, run_fingerprint
 from elm_lanczos.status import Status
 from elm_lanczos.store import PromptResult, Results, open_results
 from elm_lanczos.store.attributes import first_difference, to_json
-from elm_lanczos.store.faults import Fault, computed, layout_faults, read_owners, whole_faults
+from elm_lanczos.store.faults import (
+    Fault,
+    computed,
+    damage,
+    layout_faults,
+    read_owners,
+    whole_faults,
+)
 from elm_lanczos.store.layout import OUTPUT_ARRAYS, ROW_ARRAYS, Array
 from elm_lanczos.store.place import Address, Place, place_at
-from elm_lanczos.store.reading import below, position_names, read_array
+from elm_lanczos.store.reading import below, layer_names, position_names, read_array
 from elm_lanczos.store.summary import SUMMARY, summary_columns
 from elm_lanczos.svd.plan import TF32_TOL, Plan
 from elm_lanczos.svd.result import rounding_level
@@ -172,6 +179,8 @@ def verify(
         group.attributes is not None and group.attributes.finished for group in groups
     )
     faults += [fault for group in groups for fault in group.faults]
+    for name in (name for prompt in results for name in layer_names(place, prompt.name)):
+        faults += layout_faults(place, name) or list(damage(place, name))
     if complete and not faults:
         faults += _summary_faults(place, results)
     recomputed = 0

@@ -90,3 +90,16 @@ def test_positions_are_named_as_tokens_are_or_last() -> None:
     assert select_positions("all", 3) == [0, 1, 2]
     with pytest.raises(UsageError, match="--positions 7: the prompt has only 7 tokens"):
         select_positions("7", 7)
+
+
+def test_numbers_that_begin_with_one() -> None:
+    def chosen(spec: str) -> list[int]:
+        return select_tokens(spec, 8, "--layers", of="the model", what="layers", start=1)
+
+    assert chosen("all") == list(range(1, 9)) and chosen("last:2") == [7, 8]
+    assert chosen("first:2") == [1, 2] and chosen("8,1,-1") == [1, 8]
+    assert chosen("1:8:2") == [1, 3, 5, 7] and chosen("2:") == list(range(2, 9))
+    assert chosen(":-1") == list(range(1, 8))
+    for spec in ("0", "9", "0:3"):
+        with pytest.raises(UsageError, match="the model has layers 1 to 8"):
+            chosen(spec)

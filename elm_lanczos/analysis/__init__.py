@@ -3,6 +3,7 @@
 from elm_lanczos.analysis.attribution import Attribution, attribute
 from elm_lanczos.analysis.comparison import Comparison, Spectra, compare
 from elm_lanczos.analysis.contributions import Components, components
+from elm_lanczos.analysis.layer_spectra import LayerSpectra, LayerTriplets, layers
 from elm_lanczos.analysis.ordinary_jacobian import OrdinaryJacobian, ordinary
 from elm_lanczos.analysis.result import Analysis
 from elm_lanczos.analysis.steering import (
@@ -19,6 +20,8 @@ __all__ = [
     "Attribution",
     "Comparison",
     "Components",
+    "LayerSpectra",
+    "LayerTriplets",
     "OrdinaryJacobian",
     "Spectra",
     "Steering",
@@ -27,6 +30,7 @@ __all__ = [
     "attribute",
     "compare",
     "components",
+    "layers",
     "ordinary",
     "steer",
     "steering_operator",

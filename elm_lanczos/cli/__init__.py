@@ -12,6 +12,7 @@ from elm_lanczos.cli import (  # noqa: I001
     check,  # noqa: F401
     attribute,  # noqa: F401
     ordinary,  # noqa: F401
+    layers,  # noqa: F401
     components,  # noqa: F401
     steer,  # noqa: F401
     compare,  # noqa: F401

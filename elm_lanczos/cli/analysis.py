@@ -138,6 +138,16 @@ class Request:
         Raises:
             Exit: if it is not exact within the bounds.
         """
+        self.show(result)
+        if result.doubts:
+            raise typer.Exit(EXIT_NOT_CERTAIN)
+
+    def show(self, result: Analysis) -> None:
+        """Prints a result and writes the files asked for.
+
+        Args:
+            result: what was found.
+        """
         from elm_lanczos.report.analysis import render
         from elm_lanczos.report.saving import save
 
@@ -154,7 +164,6 @@ class Request:
                 typer.echo(f"written: {path}")
         if result.doubts:
             typer.echo(f"warning: {'; '.join(result.doubts)}", err=True)
-            raise typer.Exit(EXIT_NOT_CERTAIN)
 
     @contextmanager
     def _status(self, what: str) -> Iterator[None]:

@@ -310,6 +310,24 @@ class PromptGroup:
             self._place, f"{self.name}/position_{header.output_position:04d}", header
         )
 
+    def create_layer(self, name: str, header: PromptHeader) -> PromptGroup:
+        """Create the group of a layer's results inside this one, replacing an earlier one.
+
+        Args:
+            name: What it is, such as `layer_07/mlp`.
+            header: Its description.
+
+        Returns:
+            The new group.
+
+        Raises:
+            StoreError: The disk is full or the store cannot be written.
+        """
+        with self._place.writing():
+            self._place.remove(below(self.name, name, "zarr.json"))  # what makes it valid first
+            self._place.remove(below(self.name, name))
+        return create_group(self._place, below(self.name, name), header)
+
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             self._arrays[name] = open_array(self._place, below(self.name, name))

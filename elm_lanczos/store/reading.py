@@ -113,6 +113,26 @@ def position_names(place: Place, prompt: str) -> list[str]:
     return [name for name in names if _is_created(place, name)]
 
 
+def layer_names(place: Place, prompt: str) -> list[str]:
+    """List the groups of layers that were added to a prompt, `layer_07/mlp` and the like, in order.
+
+    Args:
+        place: Where the store lies.
+        prompt: Path of the prompt's group.
+
+    Returns:
+        The paths of the groups whose creation was completed, damaged ones among them.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
+    prefix = "layer_"
+    numbers = [n.removeprefix(prefix) for n in place.names(prompt) if n.startswith(prefix)]
+    layers = [below(prompt, prefix + n) for n in sorted(filter(str.isdecimal, numbers), key=int)]
+    names = [below(layer, name) for layer in layers for name in sorted(place.names(layer))]
+    return [name for name in names if place.is_folder(name) and _is_created(place, name)]
+
+
 def _is_created(place: Place, group: str) -> bool:
     """Tell whether a group's attributes were written, readable or not."""
     try:

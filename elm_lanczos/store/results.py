@@ -11,11 +11,13 @@ import numpy as np
 from elm_lanczos.errors import DamagedError, StoreError
 from elm_lanczos.status import Status
 from elm_lanczos.store.attributes import Json
+from elm_lanczos.store.faults import FINISHED
 from elm_lanczos.store.layout import Array
 from elm_lanczos.store.place import Address, Place, place_at
 from elm_lanczos.store.reading import (
     below,
     check_result_store,
+    layer_names,
     position_names,
     prompt_names,
     read_array,
@@ -304,6 +306,13 @@ class PromptResult:
         groups = [PromptResult(self._place, name) for name in names]
         return {group.position: group for group in groups}
 
+    @property
+    def layers(self) -> dict[tuple[int, str, str], LayerResult]:
+        """The results of layers that `elm-lanczos layers` has added, by layer, module and kind."""
+        groups = [LayerResult(self._place, name) for name in layer_names(self._place, self.name)]
+        complete = [group for group in groups if group.attrs.get(FINISHED) is True]
+        return {(group.layer, group.module, group.kind): group for group in complete}
+
     def to_xarray(self) -> xarray.Dataset:
         """Give all arrays as one labelled dataset, read when used.
 
@@ -321,6 +330,36 @@ class PromptResult:
             found = "is missing" if value is None else f"is a {type(value).__name__}"
             raise DamagedError(f"{self.path / 'zarr.json'} is damaged: {name!r} {found}")
         return value
+
+
+class LayerResult(PromptResult):
+    """The results of one layer and module: `S`, `U`, `V` and the others are of its Jacobians.
+
+    Output, constant and attribution belong to the prompt, and are not written here.
+    """
+
+    def __repr__(self) -> str:
+        return f"<LayerResult {self.kind} {self.module} of layer {self.layer}: {self.name}>"
+
+    @property
+    def layer(self) -> int:
+        """The layer's number, counted from 1."""
+        return self._attribute("layer", int)
+
+    @property
+    def module(self) -> str:
+        """`residual`, `attention` or `mlp`."""
+        return self._attribute("module", str)
+
+    @property
+    def kind(self) -> str:
+        """`cumulative`, `layerwise` or `to-end`."""
+        return self._attribute("kind", str)
+
+    @property
+    def readout(self) -> str:
+        """`norm`: through the final norm frozen at `h_l`; `raw`: the stream as it is."""
+        return self._attribute("readout", str)
 
 
 def _open_dataset(place: Place, group: str) -> xarray.Dataset:

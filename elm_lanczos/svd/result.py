@@ -113,6 +113,15 @@ class SVDResult:
             passes=passes,
         )
 
+    def rows(self, start: int, stop: int) -> SVDResult:
+        """The results of the operators from one to before another one."""
+        per_operator: dict[str, Any] = {
+            name: value[start:stop]
+            for name, value in vars(self).items()
+            if isinstance(value, (Tensor, tuple))
+        }
+        return replace(self, **per_operator)
+
     def decode(self, model: Any, top: int = 8) -> Any:
         """The tokens that each u writes and each v reads.
 

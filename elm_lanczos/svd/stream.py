@@ -110,7 +110,7 @@ def _finish(state: BlockKrylov, plan: Plan, m: int, count: Callable[[int], None]
 
     The group answers for its part of a stream, so that this does not depend on other groups.
     """
-    part = m * len(state.index) / plan.panel
+    part = state.batch.row_cost * m * len(state.index) / plan.panel
     while len(state.active) and state.passes + state.products_to_go <= part:
         state.next_residuals()
         state.multiply(count)
