@@ -16,6 +16,7 @@ from elm_lanczos.report.json_lines import JsonLines
 from elm_lanczos.report.notebook import ROWS, card, html_table
 from elm_lanczos.run import run
 from elm_lanczos.store import Results
+from elm_lanczos.stored_layers import LayerOptions, add_layers
 
 HOSTILE = '<script>alert("1")</script> & <img src=x onerror=1>\x1b[2J\u202e'
 
@@ -125,6 +126,16 @@ def test_stored_results(stored: Results) -> None:
         page = _shown(prompt)
         assert page.tags.count("tr") == 1 + len(prompt.tokens)
         assert "certificate: exact" in page.text and "predicted: " in page.text
+
+
+def test_stored_layer(stored: Results) -> None:
+    options = LayerOptions("1,2", modules=("residual",), k=1)
+    list(add_layers(str(stored.path), options, [2]))
+    group = open_results(stored.path)[1].layers[2, "residual", "cumulative"]
+    page = _shown(group)
+    assert page.text.startswith("cumulative residual of layer 2: <b>bold</b> & <i>\n")
+    assert page.tags.count("tr") == 1 + len(group.tokens)
+    assert "certificate" not in page.text and "\nnan\n" not in page.text
 
 
 def test_stored_results_that_are_not_finished(stored: Results, tmp_path: Path) -> None:

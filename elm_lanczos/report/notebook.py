@@ -12,6 +12,7 @@ from elm_lanczos.report.text import printable, token_text
 from elm_lanczos.report.verdicts import MEANING
 from elm_lanczos.status import Status
 from elm_lanczos.store import PromptResult, Results
+from elm_lanczos.store.results import LayerResult
 from elm_lanczos.svd.result import SVDResult
 
 ROWS = 60
@@ -144,26 +145,33 @@ def triplets(found: SVDResult) -> str:
 
 def prompt_result(result: PromptResult) -> str:
     """Returns one prediction of a store: its tokens, and what was found for each."""
+    lines = [f"predicted: {_predicted(result)}", f"certificate: {_verdict(result)}"]
+    shares = [float(share) for share in result.attribution]
+    return _stored(result, result.text, {"share of logit": shares}, lines)
+
+
+def layer_result(result: LayerResult) -> str:
+    """Returns one layer and module of a prompt in a store."""
+    title = f"{result.kind} {result.module} of layer {result.layer}: {result.text}"
+    return _stored(result, title, {}, [])
+
+
+def _stored(
+    result: PromptResult, title: str, more: dict[str, list[float]], lines: list[str]
+) -> str:
+    """A group of a store as a card; `more` are columns of T numbers each."""
     count = min(2, result.S.shape[1])
-    all_rows = [
-        (
-            i,
-            token_text(token),
-            float(result.attribution[i]),
-            *(float(value) for value in result.S[i, :count]),
-            float(result.stable_rank[i]),
-            _status(int(result.status[i])),
-        )
-        for i, token in enumerate(result.tokens)
-    ]
-    rows, left_out = shown(all_rows)
-    values = [f"σ{'₁₂'[j]}" for j in range(count)]
-    columns = ("index", "token", "share of logit", *values, "stable rank", "status")
-    return card(
-        result.text,
-        [html_table(columns, rows, left_out)],
-        (f"predicted: {_predicted(result)}", f"certificate: {_verdict(result)}", str(result.path)),
-    )
+    columns = {
+        "index": range(len(result.tokens)),
+        "token": [token_text(token) for token in result.tokens],
+        **more,
+        **{f"σ{'₁₂'[j]}": result.S[:, j].tolist() for j in range(count)},
+        "stable rank": result.stable_rank.tolist(),
+        "status": [_status(int(code)) for code in result.status],
+    }
+    rows, left_out = shown(list(zip(*columns.values(), strict=True)))
+    table = html_table(list(columns), rows, left_out)
+    return card(title, [table], [*lines, str(result.path)])
 
 
 def results(run: Results) -> str:

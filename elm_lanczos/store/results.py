@@ -341,6 +341,12 @@ class LayerResult(PromptResult):
     def __repr__(self) -> str:
         return f"<LayerResult {self.kind} {self.module} of layer {self.layer}: {self.name}>"
 
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.layer_result(self)
+
     @property
     def layer(self) -> int:
         """The layer's number, counted from 1."""
