@@ -8,6 +8,7 @@ from elm_lanczos.cli import (  # noqa: I001
     run,  # noqa: F401
     plan,  # noqa: F401
     show,  # noqa: F401
+    report,  # noqa: F401
     verify,  # noqa: F401
     check,  # noqa: F401
     attribute,  # noqa: F401

@@ -36,7 +36,7 @@ def export(
     from elm_lanczos.store import open_results
 
     results = open_results(store)
-    prompts = chosen_prompts(results, prompt)
+    prompts = [number - 1 for number in chosen_prompts(results, prompt)]
     if file.suffix == ".csv":
         to_dataframe(results, words_of(results.attrs), prompts).to_csv(file, index=False)
     else:

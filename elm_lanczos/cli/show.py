@@ -31,22 +31,35 @@ def show(
 
     silence_libraries()
     results = open_results(store)
+    numbers = chosen_prompts(results, prompt)
     words = words_of(results.attrs)
     with JsonLines() if json else Terminal() as observer:
         observer.opened(results.path, words)
-        for number in chosen_prompts(results, prompt):
-            result = results[number]
+        for number in numbers:
+            result = results[number - 1]
             for prediction in (result, *result.positions.values()):
-                observer.started(number, len(results), prediction.text)
+                observer.started(number - 1, len(results), prediction.text)
                 observer.finished(prediction)
 
 
-def chosen_prompts(results: Results, numbers: list[int] | None) -> list[int]:
-    """Returns the indices of prompts that `--prompt` names by numbers from 1; of all without it."""
-    for number in numbers or ():
-        if not 1 <= number <= len(results):
+def chosen_prompts(results: Results, prompt: list[int] | None) -> list[int]:
+    """Returns the numbers of prompts given, or all, from 1.
+
+    Args:
+        results: the store.
+        prompt: the numbers given.
+
+    Returns:
+        Numbers of prompts that the store has.
+
+    Raises:
+        UsageError: if it has not one of them.
+    """
+    numbers = range(1, len(results) + 1)
+    for number in prompt or ():
+        if number not in numbers:
             raise UsageError(f"--prompt {number}: {results.path} has prompts 1 to {len(results)}")
-    return [number - 1 for number in numbers or range(1, len(results) + 1)]
+    return list(prompt or numbers)
 
 
 def words_of(attrs: Any) -> Words:
