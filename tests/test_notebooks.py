@@ -19,7 +19,7 @@ RICH = {
         "results",
         "results[0]",
     ],
-    "paper_figures": ["lin.certificate()", "by_layer.overview()", "comparison.directions()"],
+    "paper_figures": ["lin.certificate()", "by_layer.tables()[0]", "comparison.directions()"],
 }
 """What cells end with whose result must be shown as a table."""
 
