@@ -1,4 +1,4 @@
-# Targets: install, demo, test, lint, format, clean. PYTHON names the interpreter (3.11 or newer)
+# Targets: install, demo, test, lint, docs, format, clean. PYTHON names the interpreter (3.11 or newer)
 # that makes .venv; everything else runs inside it. Two test processes of one thread each suit two
 # cores.
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint docs format clean
 
 install: $(STAMP)
 
@@ -27,9 +27,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
@@ -22,6 +24,9 @@ from elm_lanczos.report.terminal import render
 from elm_lanczos.run import run
 
 PICTURE = Path(__file__).parents[1] / "docs" / "demo.svg"
+
+_FORMAT = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+"""Without the fonts that rich would have loaded from another host."""
 
 
 class Silent(JsonLines):
@@ -44,7 +49,8 @@ def main(
         console.print(render(result, model.token_strings, "1/1", width))
     PICTURE.parent.mkdir(exist_ok=True)
     command = f"elm-lanczos run --k 16 --text '{text}'"
-    PICTURE.write_text(console.export_svg(title=command, theme=MONOKAI))
+    drawing = console.export_svg(title=command, theme=MONOKAI, code_format=_FORMAT)
+    PICTURE.write_text(drawing)
     typer.echo(f"written to {PICTURE}")
 
 

@@ -71,6 +71,12 @@ class Certificate:
         """Whether every figure meets its bound."""
         return not self.failures
 
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.certificate(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures and the verdict as plain data."""
         return {**asdict(self), "exact": self.exact, "failures": self.failures}

@@ -78,6 +78,12 @@ class Linearization:
         T, d = self.inputs.shape
         return f"Linearization({self.model.name}, T={T}, d={d}, position={self.position})"
 
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.linearization(self)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(T, m, d): number of tokens, width of the output, width of an input embedding."""

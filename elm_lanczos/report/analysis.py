@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elm_lanczos.analysis.result import Analysis
+from elm_lanczos.report.notebook import card, html_table, shown
 from elm_lanczos.report.text import printable, token_text
 
 if TYPE_CHECKING:
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
 
 _LEAST = 12
 """Columns of a terminal that words get at least."""
-
-ROWS = 60
-"""Rows of a table that are shown, from both ends; files and `to_dataframe` have all."""
 
 
 def render(result: Analysis, width: int = 100) -> RenderableType:
@@ -74,27 +73,21 @@ def _table(frame: pd.DataFrame, width: int) -> list[RenderableType]:
 
 
 def to_html(result: Analysis) -> str:
-    """Returns a result as a piece of HTML: its figure, its table and its facts, all escaped."""
+    """Returns a result as a piece of HTML: its figure, its tables and its facts, all escaped."""
     facts = [*result.facts, *(f"! {doubt}" for doubt in result.doubts)]
-    lines = "".join(f"<p>{escape(printable(fact))}</p>" for fact in facts)
-    return (
-        f"<div><h3>{escape(_short(result.title))}</h3>"
-        f'<img alt="{escape(result.kind)}" src="data:image/png;base64,{_picture(result)}"'
-        f' style="max-width:100%">{"".join(map(_html_table, result.tables()))}{lines}</div>'
-    )
+    tables = [_frame(frame) for frame in result.tables()]
+    return card(_short(result.title), tables, facts, _picture(result))
 
 
-def _html_table(frame: pd.DataFrame) -> str:
+def _frame(frame: pd.DataFrame) -> str:
     """A table as HTML, and what is left out of it."""
     rows, left_out = _shown(frame)
     names = list(frame.columns)
-    head = "".join(f"<th>{escape(printable(name.replace('_', ' ')))}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_cell(name, row[name]))}</td>" for name in names) + "</tr>"
-        for row in rows
+    return html_table(
+        [name.replace("_", " ") for name in names],
+        [[_cell(name, row[name]) for name in names] for row in rows],
+        left_out,
     )
-    said = f"<p>… and {left_out} more rows in between</p>" if left_out else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{said}"
 
 
 def to_html_page(result: Analysis) -> str:
@@ -118,11 +111,10 @@ def _picture(result: Analysis) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _shown(frame: pd.DataFrame) -> tuple[list[dict[str, Any]], int]:
-    """The rows that are shown, and how many are left out."""
+def _shown(frame: pd.DataFrame) -> tuple[Sequence[dict[str, Any]], int]:
+    """The rows that are shown, and how many are left out; files and `to_dataframe` have all."""
     rows: list[dict[str, Any]] = frame.to_dict(orient="records")
-    left_out = max(0, len(rows) - ROWS)
-    return (rows[: ROWS // 2] + rows[-ROWS // 2 :] if left_out else rows), left_out
+    return shown(rows)
 
 
 def _cell(name: str, value: Any) -> str:

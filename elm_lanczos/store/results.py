@@ -88,6 +88,12 @@ class Results(Sequence["PromptResult"]):
             lines.append(f"  … {len(self) - _SHOWN_PROMPTS} more")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.results(self)
+
     def group(self, name: str) -> PromptResult:
         """One prompt's results by the path of its group, for example `prompts/000000`."""
         return PromptResult(self._place, name)
@@ -146,6 +152,12 @@ class PromptResult:
         counts = [(status, int((self.status == status).sum())) for status in Status]
         states = [f"{n} {status.name.lower().replace('_', ' ')}" for status, n in counts if n]
         return f"<PromptResult {text!r}: {len(self.tokens)} tokens, {', '.join(states)}>"
+
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.prompt_result(self)
 
     @property
     def path(self) -> Address:
@@ -299,6 +311,7 @@ class PromptResult:
         """The results of layers that `elm-lanczos layers` has added, by layer, module and kind."""
         groups = [LayerResult(self._place, name) for name in layer_names(self._place, self.name)]
         complete = [group for group in groups if group.attrs.get(FINISHED) is True]
+        complete.sort(key=lambda group: (group.kind, group.layer, group.module != "residual"))
         return {(group.layer, group.module, group.kind): group for group in complete}
 
     def to_xarray(self) -> xarray.Dataset:
@@ -328,6 +341,12 @@ class LayerResult(PromptResult):
 
     def __repr__(self) -> str:
         return f"<LayerResult {self.kind} {self.module} of layer {self.layer}: {self.name}>"
+
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.layer_result(self)
 
     @property
     def layer(self) -> int:

@@ -76,6 +76,12 @@ class SVDResult:
     method: str
     plan: Plan
 
+    def _repr_html_(self) -> str:
+        """Shows it in a notebook."""
+        from elm_lanczos.report import notebook
+
+        return notebook.triplets(self)
+
     @property
     def converged(self) -> Tensor:
         """Whether all k triplets meet the tolerance or the arithmetic's limit, (n,) bool."""
