@@ -42,7 +42,7 @@ _MIXER = re.compile(
 
 
 @dataclass(frozen=True)
-class Sublayers:
+class LayerModules:
     """The modules of a layer, told apart by their names.
 
     Attributes:
@@ -54,7 +54,7 @@ class Sublayers:
     mlp: tuple[nn.Module, ...]
 
     @classmethod
-    def of(cls, layer: nn.Module) -> Sublayers:
+    def of(cls, layer: nn.Module) -> LayerModules:
         """Returns the sublayers of a layer; either may be none.
 
         Args:
@@ -149,13 +149,13 @@ class LayerParts:
     Attributes:
         decoder: the frozen decoder.
         segment: the layer. The last one of a narrowed decoder gives the output position alone.
-        sublayers: its modules.
+        modules: its modules, told apart.
         narrowed: whether it is that one.
     """
 
     decoder: FrozenDecoder
     segment: Segment
-    sublayers: Sublayers
+    modules: LayerModules
     narrowed: bool
 
     def passing(self, h: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class LayerParts:
 
     def values(self) -> Values:
         """Evaluates the parts at the layer's own input."""
-        h, (attention, mlp) = self.segment.input, (self.sublayers.attention, self.sublayers.mlp)
+        h, (attention, mlp) = self.segment.input, (self.modules.attention, self.modules.mlp)
         whole, until_mlp, no_attention = self._replayed((h, ()), (h, mlp), (h, attention))
         before = self.passing(h).to(whole)
         return Values(before, until_mlp - before, whole - until_mlp, no_attention - before)
@@ -178,7 +178,7 @@ class LayerParts:
             (b, B, T, d), or (b, B, 1, d) of a narrowed layer, and tangents (b, B, T, d). Like the
             chain's, they are to be applied under `torch.no_grad()` and `model.arithmetic()`.
         """
-        modules, function = self.sublayers.mlp, self.segment.function
+        modules, function = self.modules.mlp, self.segment.function
 
         def run(h: Tensor) -> Tensor:
             with outputs_cut(modules):
@@ -210,7 +210,7 @@ class LayerParts:
         Raises:
             UnsupportedModelError: if not; the message names the layer.
         """
-        h, (attention, mlp) = self.segment.input, (self.sublayers.attention, self.sublayers.mlp)
+        h, (attention, mlp) = self.segment.input, (self.modules.attention, self.modules.mlp)
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h)
         here, zero = z.clone(), torch.zeros_like(z)
@@ -283,8 +283,8 @@ def layer_parts(decoder: FrozenDecoder) -> list[LayerParts]:
     found = []
     for segment in decoder.segments:
         if segment.modules[0] in layers:
-            sublayers = Sublayers.of(segment.modules[0])
-            parts = LayerParts(decoder, segment, sublayers, narrowed=segment is last)
+            modules = LayerModules.of(segment.modules[0])
+            parts = LayerParts(decoder, segment, modules, narrowed=segment is last)
             parts.require_residual()
             found.append(parts)
     return found

@@ -7,14 +7,13 @@ behind it and multipliers. So as linear maps of the stream before the layer
     attention = mid − 1,      mlp = Λ − mid,      Λ = 1 + attention + mlp,
 
 for serial and parallel layers alike; in a serial one the MLP also reads what attention has just
-written. Which modules of a layer make its MLP is told by their names, and then tested with random
-vectors: without both parts a layer must be the identity, and the MLP must not mix tokens. Where
-that fails a layer is not taken apart.
+written. Which modules of a layer make its MLP is told by their names (see `layer_parts`), and then
+tested with random vectors: without both parts a layer must be the identity, and the MLP must not
+mix tokens. Where that fails a layer is not taken apart.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,17 +23,10 @@ from torch import Tensor, nn
 
 from elm_lanczos.chain import Segment, is_out_of_memory
 from elm_lanczos.errors import UnsupportedModelError
-from elm_lanczos.freezing import Kind, mark_of, rebuild, set_mark
 from elm_lanczos.frozen_decoder import FrozenDecoder, LinearMap
+from elm_lanczos.layer_parts import LayerModules, outputs_cut
 
 ATTENTION, MLP = "attention", "mlp"
-
-_MIXES_TOKENS = re.compile(
-    r"att(ention|n)|conv|mamba|ssm|rnn|lstm|recurrent|retention|delta|temporal", re.I
-)
-_MAY_MIX = re.compile(r"mixer", re.I)
-_IS_MLP = re.compile(r"mlp|feed_?forward|ffn|moe", re.I)
-_IS_NORM = re.compile(r"norm|^ln", re.I)
 
 
 @dataclass(frozen=True)
@@ -237,7 +229,8 @@ class Sublayers:
         """A layer and what it is taken apart into."""
         segment = self.decoder.segments[place]
         (module,) = segment.modules
-        mlp, mixing = _parts(module)
+        modules = LayerModules.of(module)
+        mlp, mixing = modules.mlp, modules.attention
         layer = Layer(number, segment.name, place, segment.input[0], None, ())
         if not mlp and not mixing:
             return replace(layer, whole="it has neither attention nor an MLP that can be told")
@@ -273,44 +266,11 @@ class Sublayers:
         return ""
 
 
-def _parts(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The children of a layer that make its MLP, and those that mix tokens, by their names."""
-    mlp, mixing = [], []
-    for name, child in layer.named_children():
-        kind = type(child).__name__
-        if not any(True for _ in child.parameters()):
-            continue
-        if _IS_NORM.search(kind) and not _MIXES_TOKENS.search(kind):
-            continue
-        mixes = _MIXES_TOKENS.search(kind) or _MIXES_TOKENS.search(name)
-        if mixes or (_MAY_MIX.search(name) and not _IS_MLP.search(kind)):
-            mixing.append(child)
-        else:
-            mlp.append(child)
-    return mlp, mixing
-
-
 def _cut(segment: Segment, modules: Sequence[nn.Module]) -> Segment:
     """A segment in which what some modules return has no derivative, of the same values."""
 
-    def constant(value: Any) -> Any:
-        mark = mark_of(value)
-        if mark is None or mark.kind == Kind.FROZEN:
-            return value
-        with torch._C.DisableTorchFunction():
-            value = value.detach()
-        set_mark(value, mark._replace(root=None, scaled=None))
-        return value
-
-    def cut(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return rebuild(constant, output)
-
     def function(h: Tensor) -> Tensor:
-        hooks = [module.register_forward_hook(cut) for module in modules]
-        try:
+        with outputs_cut(modules):
             return segment.function(h)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     return replace(segment, function=function)

@@ -12,7 +12,7 @@ from torch import Tensor
 from elm_lanczos.architectures import tiny_config, tiny_model
 from elm_lanczos.errors import UnsupportedModelError
 from elm_lanczos.frozen_decoder import FrozenDecoder
-from elm_lanczos.layer_parts import LayerParts, Sublayers, layer_parts, outputs_zeroed
+from elm_lanczos.layer_parts import LayerModules, LayerParts, layer_parts, outputs_zeroed
 from elm_lanczos.model import DetachedModel
 from tests.families import CONFIGS, PROMPT, detached_model
 
@@ -92,7 +92,7 @@ def test_parts_sum_to_the_layer(family: str) -> None:
     assert len(every) == len(decoder.model.layers)
     generator = torch.Generator().manual_seed(1)
     for parts in every:
-        assert parts.sublayers.attention or parts.sublayers.mlp
+        assert parts.modules.attention or parts.modules.mlp
         values, layer = parts.values(), decoder.linearized(parts.segment)
         h, out = parts.segment.input, values.before + values.attention + values.mlp
         index = decoder.segments.index(parts.segment)
@@ -109,9 +109,9 @@ def test_parts_sum_to_the_layer(family: str) -> None:
             back = map_.vjp(u)
             assert back.shape == v.shape
             assert torch.allclose((back * v).sum(), (u * product).sum(), rtol=1e-9, atol=1e-9)
-        if not parts.sublayers.mlp:
+        if not parts.modules.mlp:
             assert not mlp.jvp(v).any() and not values.mlp.any()
-        if not parts.sublayers.attention:
+        if not parts.modules.attention:
             assert not attention.jvp(v).any() and not values.attention.any()
 
 
@@ -123,7 +123,7 @@ def test_maps_are_the_differences_of_the_affine_layer(family: str) -> None:
     for parts in layer_parts(decoder):
         h = parts.segment.input
         v = torch.randn(1, *h.shape, generator=generator, dtype=h.dtype)
-        mlp = parts.sublayers.mlp
+        mlp = parts.modules.mlp
         with_v, without = parts._replayed((h + v[0], mlp), (h, mlp))  # affine: the step may be 1
         attention_map, mlp_map = parts.maps()
         assert torch.allclose(attention_map.jvp(v)[0], with_v - without - v[0], atol=1e-9)
@@ -143,7 +143,7 @@ def test_sublayers_by_name() -> None:
         ("granitemoe", ["GraniteMoeAttention"], ["GraniteMoeMoE"]),
         ("mamba", ["MambaMixer"], []),
     ):
-        found = Sublayers.of(_model(family).layers[0])
+        found = LayerModules.of(_model(family).layers[0])
         assert [type(m).__name__ for m in found.attention] == attention
         assert [type(m).__name__ for m in found.mlp] == mlp
 

@@ -368,8 +368,8 @@ def _contributions(lin: Linearization, target: int, tell: Any) -> tuple[list[Com
             for value in (values.attention, values.mlp, values.without_attention)
         )
         for name, value, change, modules in (
-            ("attention", attention, no_attention - attention - mlp, layer.sublayers.attention),
-            ("mlp", mlp, -mlp, layer.sublayers.mlp),
+            ("attention", attention, no_attention - attention - mlp, layer.modules.attention),
+            ("mlp", mlp, -mlp, layer.modules.mlp),
         ):
             if not modules:
                 continue
