@@ -140,7 +140,9 @@ class LayerSpectra(Analysis):
         operators = sum(len(one.index) for one in found)
         residual = max((_worst(one.triplets) for one in found), default=0.0)
         through = "the final norm frozen there" if self.readout == "norm" else "no norm"
+        shown = found[0].index[-1]
         facts = [
+            f"of token {shown} {self.tokens[shown]!r}; the others are in what is saved",
             f"{operators} Jacobians of {len({one.layer for one in found})} layers at position "
             f"{self.position}, {self.k} triplets each; h_l is read through {through}",
             f"largest residual {residual:.1e} of σ₁ (tol {self.tol:.0e}); {self.passes:.0f} passes",
@@ -179,10 +181,14 @@ class LayerSpectra(Analysis):
         return pd.DataFrame(rows)
 
     def tables(self) -> list[pd.DataFrame]:
-        """Returns the leading triplet of the last token asked for, of each layer and module."""
+        """Returns the leading triplet of the last token asked for, of each layer and module.
+
+        What is the same in all rows is left out: the facts say it.
+        """
         table = self.to_dataframe()
         last = table["index"] == table["index"].max()
-        names = ["kind", "layer", "module", "token", "sigma", "stable_rank", "writes", "reads"]
+        names = ["layer", "module", "sigma", "stable_rank", "writes", "reads"]
+        names = ["kind"] * (len(self.kinds) > 1) + names
         return [table[last & (table["component"] == 0)][names].reset_index(drop=True)]
 
     def _rows(self, one: LayerTriplets) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,9 @@ from elm_lanczos.report.text import printable, token_text
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_LEAST = 12
+"""Columns of a terminal that words get at least."""
 
 
 def render(result: Analysis, width: int = 100) -> RenderableType:
@@ -34,26 +38,33 @@ def render(result: Analysis, width: int = 100) -> RenderableType:
     """
     parts: list[RenderableType] = [Text(_short(result.title), style="bold")]
     for frame in result.tables():
-        parts += _table(frame)
+        parts += _table(frame, width)
     parts += [Text(printable(fact)) for fact in result.facts]
     parts += [Text(f"! {printable(doubt)}", style="bold yellow") for doubt in result.doubts]
     return Group(*parts)
 
 
-def _table(frame: pd.DataFrame) -> list[RenderableType]:
-    """A table for a terminal, and what is left out of it."""
+def _table(frame: pd.DataFrame, width: int) -> list[RenderableType]:
+    """A table for a terminal, and what is left out of it; of words as many as there is room for."""
     rows, left_out = _shown(frame)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    heads = {name: printable(name.replace("_", " ")) for name in frame.columns}
+    widths = {
+        name: max([cell_len(heads[name]), *(cell_len(_cell(name, row[name])) for row in rows)])
+        for name in frame.columns
+    }
+    words = [name for name in frame.columns if any(isinstance(row[name], list) for row in rows)]
+    others = sum(widths[name] for name in frame.columns if name not in words)
+    room = (width - others - 2 * len(frame.columns)) // max(1, len(words))
     for name in frame.columns:
         numbers = all(not isinstance(row[name], (str, list)) for row in rows)
-        head = printable(name.replace("_", " "))
-        widest = max([len(head), *(len(_cell(name, row[name])) for row in rows)])
         table.add_column(
-            Text(head),
+            Text(heads[name]),
             justify="right" if numbers else "left",
             no_wrap=True,
             overflow="ellipsis",
-            min_width=widest if numbers else None,  # words may be cut, numbers not
+            min_width=widths[name] if numbers else None,  # words may be cut, numbers not
+            max_width=max(_LEAST, room) if name in words else None,
         )
     for row in rows:
         table.add_row(*(Text(_cell(name, value)) for name, value in row.items()))
