@@ -311,6 +311,7 @@ class PromptResult:
         """The results of layers that `elm-lanczos layers` has added, by layer, module and kind."""
         groups = [LayerResult(self._place, name) for name in layer_names(self._place, self.name)]
         complete = [group for group in groups if group.attrs.get(FINISHED) is True]
+        complete.sort(key=lambda group: (group.kind, group.layer, group.module != "residual"))
         return {(group.layer, group.module, group.kind): group for group in complete}
 
     def to_xarray(self) -> xarray.Dataset:
