@@ -210,6 +210,15 @@ def _scaling(results: dict[str, Any]) -> str:
     return _table(head, rows, 4) + _machine(results)
 
 
+def _layers(results: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{row['passes']:.0f}", f"{row['processor_seconds']:.0f}", f"{row['seconds']:.0f}")
+        for name, row in results["figures"].items()
+    ]
+    head = ("what", "passes", "processor seconds", "seconds")
+    return _table(head, rows, 3) + _machine(results)
+
+
 def _steering(results: dict[str, Any]) -> str:
     rows = [
         (
@@ -230,6 +239,7 @@ def _steering(results: dict[str, Any]) -> str:
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "batching": _batching,
     "hard": _hard,
+    "layers": _layers,
     "memory": _memory,
     "memory-8192": _memory,
     "offload": _offload,
