@@ -194,10 +194,14 @@ class Linearization:
 
         Raises:
             UnsupportedModelError: if the model's head is not affine once frozen.
-            UsageError: if the output is that of a layer, which is not what the head reads.
+            UsageError: if the output is that of a layer, which is not what the head reads, or if
+                there is no such token.
         """
         if self.layer is not None:
             raise UsageError(f"logits are not read from layer {self.layer} but from the output")
+        vocabulary = self.model.unembedding.weight.shape[0]
+        if not 0 <= target < vocabulary:
+            raise UsageError(f"token id {target}: ids are 0 … {vocabulary - 1}")
 
         def head(y: Tensor) -> Tensor:
             logits = self.model.head(y, self.inputs, self.position, self.ids)

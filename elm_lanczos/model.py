@@ -270,6 +270,8 @@ class DetachedModel:
             return int(number)
         if self.tokenizer is None:
             raise UsageError(f"{self.name} has no tokenizer: give tokens as id:N")
+        if not token:
+            raise UsageError("the token is empty: give its text, or id:N")
         pieces: list[int] = []
         for text in (token, f" {token}"):
             pieces = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -159,6 +159,8 @@ def _write(
             "kind": one.kind,
             "readout": whole.readout,
             "tol": whole.tol,
+            "certificate": None if whole.certificate is None else whole.certificate.to_dict(),
+            "doubts": whole.doubts,
         },
     )
     suffix = "" if one.kind == CUMULATIVE else f"_{one.kind}"

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from elm_lanczos.analysis import attribute
-from elm_lanczos.errors import UnsupportedModelError
+from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.model import DetachedModel
 from tests.families import CONFIGS, PROMPT, detached_model, hf_model
 
@@ -115,3 +115,9 @@ def test_shares_are_the_relevances_of_cp_lrp(family: str, monkeypatch: pytest.Mo
     assert abs(float(logit.detach()) - result.logit) <= 1e-12 * abs(result.logit)
     assert torch.allclose(result.shares, relevance, rtol=1e-10, atol=1e-12)
     assert float((ordinary - relevance).norm()) > 1e-2 * float(relevance.norm())  # the rules bite
+
+
+@pytest.mark.parametrize("target", [-1, 10**9])
+def test_token_that_there_is_not_is_refused(target: int) -> None:
+    with pytest.raises(UsageError, match="ids are 0"):
+        attribute(detached_model("llama").linearize(PROMPT), target)

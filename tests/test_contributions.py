@@ -200,3 +200,11 @@ def test_command_line(command: Any, tiny_folder: Path, tmp_path: Path) -> None:
     ):
         code, out, err = command(*given, *wrong)
         assert (code, out) == (2, "") and says in err and "Traceback" not in err
+
+
+def test_the_token_is_that_at_the_output_position_and_none_behind_it() -> None:
+    lin = detached_model("llama").linearize(PROMPT, 3)
+    assert components(lin, k=1).token == 3
+    for token in (4, -1):
+        with pytest.raises(UsageError, match="behind the output position"):
+            components(lin, token, k=1)

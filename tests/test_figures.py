@@ -125,6 +125,27 @@ def test_a_file_that_cannot_be_written_is_said(tmp_path: Path, name: str, said: 
         _attribution(["a"]).save(tmp_path / name)
 
 
+def test_a_folder_that_is_no_result_is_not_replaced(tmp_path: Path) -> None:
+    result, path = _attribution(["a", " b"]), tmp_path / "run.zarr"
+    result.save(path)
+    result.save(path)  # what an analysis has written may be written again
+    for content in ('{"attributes": {"format": "elm-lanczos results"}}', "[]", "no JSON"):
+        (path / "zarr.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UsageError, match="would be lost"):
+            result.save(path)
+        assert (path / "share").is_dir()
+
+
+def test_words_in_a_table_of_values_are_json(tmp_path: Path) -> None:
+    class Worded(Attribution):
+        def to_dataframe(self) -> pd.DataFrame:
+            return pd.DataFrame({"writes": [[" a", 'b"'], []]})
+
+    Worded(**vars(_attribution(["a"]))).save(tmp_path / "words.csv")
+    table = pd.read_csv(tmp_path / "words.csv")
+    assert [json.loads(words) for words in table["writes"]] == [[" a", 'b"'], []]
+
+
 def test_a_notebook_and_a_terminal_show_the_result_escaped() -> None:
     result = _attribution(SCRIPTS, prompt="<script>alert(1)</script>\x1b[2J")
     page = result._repr_html_()
@@ -183,6 +204,7 @@ def test_attribute_at_the_command_line(
     [
         (["--target", "two words here"], "give one of them, or id:N"),
         (["--target", "id:99999999"], "ids are 0"),
+        (["--target", ""], "the token is empty"),
         (["--target", "id:7", "--contrast", "id:7"], "same token"),
         (["--position", "99"], "outside"),
         (["--out", "x.bmp"], "use a name that ends in"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elm_lanczos.analysis import layers
 from elm_lanczos.analysis.layer_spectra import _work
+from elm_lanczos.architectures import tiny_config, tiny_model
 from elm_lanczos.cli import main
 from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.layer_operators import KINDS, MODULES, LayerOperators
@@ -565,3 +566,28 @@ def test_layers_of_a_stored_run(
 def interrupted(*_: Any) -> None:
     """Stands for Ctrl-C."""
     raise KeyboardInterrupt
+
+
+def test_layers_of_a_system_that_ends_at_a_layer_are_refused() -> None:
+    model = detached_model("llama")
+    for lin in (
+        model.linearize(PROMPT, layer=1),
+        model.linearize_together([PROMPT] * 2, layer=1)[1],
+    ):
+        with pytest.raises(UsageError, match="without layer="):
+            layers(lin, k=1)
+
+
+def test_a_family_whose_name_sounds_like_a_mixer_of_tokens_has_mlps() -> None:
+    model = DetachedModel(tiny_model(tiny_config("recurrent_gemma")))
+    sub = Sublayers(model.linearize(PROMPT % model.embedding.weight.shape[0]).decoder)
+    assert all(layer.modules == ("attention", "mlp") or layer.whole for layer in sub.layers)
+    assert any(layer.modules for layer in sub.layers)
+
+
+def test_an_estimated_stable_rank_has_its_standard_error() -> None:
+    result = layers(detached_model("llama").linearize(PROMPT), k=2, tokens=[8], kinds=["layerwise"])
+    table = result.to_dataframe()
+    if (table["stable_rank_error"] > 0).any():
+        assert "stable_rank_error" in result.tables()[0].columns
+    assert (table["stable_rank_error"] >= 0).all()

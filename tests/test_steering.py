@@ -292,7 +292,14 @@ def test_command_line(
     options = ["--tokens", "3", "--sweep", "--layer", "6", "--out", str(tmp_path / "sweep.png")]
     code, said, _ = run("war", "--onto", "We must", *options)
     assert code == 0 and "excess" in said and (tmp_path / "sweep.png").exists()
-    for wrong in (["--layer", "99"], ["--strength", "nan"], ["--model", "/nowhere"]):
+    for wrong in (
+        ["--layer", "99"],
+        ["--strength", "nan"],
+        ["--strength", "1e39", "--temperature", "1"],
+        ["--seed", "99999999999999999999"],
+        ["--position", "1"],
+        ["--model", "/nowhere"],
+    ):
         code, _, errors = run("war", "--onto", "We must", *wrong)
         assert code in (1, 2) and "Traceback" not in errors
         assert len([line for line in errors.splitlines() if "rror" in line]) == 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from elm_lanczos.analysis.result import Analysis
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
+_BOUNDS = {"float64": 1e-12, "float32": 1e-5, "tf32": 2e-3}
 """How far from the logit the shares may sum to, relative to it or to 1."""
 
 
@@ -172,16 +171,17 @@ def attribute(
     target = int(logits.argmax()) if target is None else target
     if target == contrast:
         raise UsageError("target and contrast are the same token: their difference is zero")
-    readout, model_logit = lin.readout(target), float(logits[target])
+    readout = lin.readout(target)
+    model_logit = float(logits[target])
     if contrast is not None:
         other = lin.readout(contrast)
         readout = readout - other
         model_logit -= float(logits[contrast])
-    shares = shares_of(lin, readout)
+    shares, certificate = shares_of(lin, readout), lin.certificate()
     return Attribution(
         model=lin.model.name,
         prompt=lin.text,
-        certificate=lin.certificate(),
+        certificate=certificate,
         target=target,
         contrast=contrast,
         target_token=lin.model.token_strings([target])[0],
@@ -192,5 +192,5 @@ def attribute(
         shares=shares.tokens.cpu(),
         constant=shares.constant,
         bias=shares.bias,
-        bound=_BOUNDS[lin.output.dtype],
+        bound=_BOUNDS[certificate.dtype],
     )

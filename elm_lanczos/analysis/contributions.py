@@ -260,7 +260,7 @@ class Components(Analysis):
 
 def components(
     lin: Linearization,
-    token: int = -1,
+    token: int | None = None,
     *,
     target: int | None = None,
     k: int = 16,
@@ -273,7 +273,7 @@ def components(
 
     Args:
         lin: the linear system of a decoder that is a chain of layers.
-        token: the token whose Jacobian is looked at; the last one if not given.
+        token: the token whose Jacobian is looked at; that at the output position if not given.
         target: id of the token whose logit it is about; the model's own prediction if not given.
         k: singular values of the token's Jacobian.
         largest: rows and columns of it that are decoded.
@@ -289,8 +289,11 @@ def components(
         UsageError: if there is no such token, or k or a number of rows cannot be used.
     """
     T, m, d = lin.shape
+    token = lin.position if token is None else token
     if not -T <= token < T:
         raise UsageError(f"token {token} is outside the {T} tokens")
+    if token % T > lin.position:
+        raise UsageError(f"token {token} is behind the output position, which does not see it")
     if min(largest, top) < 1:
         raise UsageError("at least one row and one word have to be shown")
     token %= T

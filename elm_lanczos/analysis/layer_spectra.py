@@ -145,6 +145,7 @@ class LayerSpectra(Analysis):
             f"of token {shown} {self.tokens[shown]!r}; the others are in what is saved",
             f"{operators} Jacobians of {len({one.layer for one in found})} layers at position "
             f"{self.position}, {self.k} triplets each; h_l is read through {through}",
+            *_read_as(self.kinds, self.readout),
             f"largest residual {residual:.1e} of σ₁ (tol {self.tol:.0e}); {self.passes:.0f} passes",
         ]
         by_reason: dict[str, list[int]] = {}
@@ -188,13 +189,15 @@ class LayerSpectra(Analysis):
         table = self.to_dataframe()
         last = table["index"] == table["index"].max()
         names = ["layer", "module", "sigma", "stable_rank", "writes", "reads"]
+        if (table["stable_rank_error"] > 0).any():  # an estimate, where no stream had all rows
+            names.insert(4, "stable_rank_error")
         names = ["kind"] * (len(self.kinds) > 1) + names
         return [table[last & (table["component"] == 0)][names].reset_index(drop=True)]
 
     def _rows(self, one: LayerTriplets) -> Iterator[dict[str, Any]]:
         found = one.triplets
         S, residual = found.S.tolist(), found.residual.tolist()
-        rank = found.stable_rank.tolist()
+        rank, spread = found.stable_rank.tolist(), found.stable_rank_error.tolist()
         for row, index in enumerate(one.index):
             for j in range(found.S.shape[1]):
                 yield {
@@ -208,6 +211,7 @@ class LayerSpectra(Analysis):
                     "residual": residual[row][j],
                     "status": Status(int(found.status[row])).name.lower(),
                     "stable_rank": rank[row],
+                    "stable_rank_error": spread[row],
                     "writes": self.words(one.u.ids[row, j]),
                     "reads": self.words(one.v.ids[row, j]),
                 }
@@ -225,6 +229,19 @@ class LayerSpectra(Analysis):
         from elm_lanczos.report.figures.layer_spectra import draw
 
         return draw(self, kind, token)
+
+
+def _read_as(kinds: Sequence[str], readout: str) -> list[str]:
+    """What is to be known of words of vectors that lie in the residual stream."""
+    found = []
+    if set(kinds) - {CUMULATIVE}:
+        found.append(
+            "of layerwise and to-end Jacobians the v lie in the residual stream; they too are read "
+            "by their cosine with input embeddings"
+        )
+    if readout == "raw" and set(kinds) - {TO_END}:
+        found.append("the u lie in the residual stream, and are read without the final norm")
+    return found
 
 
 def _worst(found: SVDResult) -> float:
@@ -271,6 +288,8 @@ def layers(
             apart into the modules asked for.
         UsageError: if an option cannot be used, or the memory has no room for one operator.
     """
+    if lin.decoder.layer is not None:
+        raise UsageError("layers are those of the whole decoder: linearise it without layer=")
     decoder = _alone(lin)
     sub = Sublayers(decoder)
     begun = decoder.pushed
@@ -343,6 +362,8 @@ def _alone(lin: Linearization) -> FrozenDecoder:
 
 
 def _check_options(modules: Sequence[str], kinds: Sequence[str], readout: str) -> None:
+    if isinstance(modules, str) or isinstance(kinds, str):
+        raise UsageError("modules and kinds are lists of names")
     for what, given, known in (
         ("module", modules, MODULES),
         ("kind", kinds, KINDS),

@@ -60,6 +60,7 @@ class SteeringOperator:
         V: (k, n, d), right singular vectors.
         inputs: (n, d), the embeddings of the concept's tokens.
         energy: share of ‖J‖_F² that the k triplets have.
+        energy_error: its standard error; 0 where ‖J‖_F is exact.
         alignment: cosine of `J_k x` and `J x`, how much of the direction they have.
         converged: whether the triplets are found to the tolerance.
         certificate: how exactly the linear system reproduces the model at the layer.
@@ -73,6 +74,7 @@ class SteeringOperator:
     V: Tensor
     inputs: Tensor
     energy: float
+    energy_error: float
     alignment: float
     converged: bool
     certificate: Certificate
@@ -159,11 +161,12 @@ def steering_operator(
     layer = default_layer(model) if layer is None else layer
     lin = model.linearize(ids, layer=layer, memory=memory)
     joint, x = lin.joint(tokens), lin.inputs[list(tokens)]
-    found = svd(joint, min(k, *joint.shape), seed=seed, memory=memory)
+    found = svd(joint, min(k, *joint.shape), seed=seed, memory=lin.spare_bytes)
     U, S, V = found.U[0], found.S[0], found.V[0].unflatten(1, x.shape)
     whole, image = joint @ x.flatten(), _image(U, S, V, x)
     if not image.norm() > 0:
         raise UsageError("the concept leaves nothing at the last token of its prompt: give another")
+    energy = float(S.double().square().sum() / found.frobenius_squared[0])
     return SteeringOperator(
         layer=layer,
         prompt=lin.text,
@@ -172,7 +175,8 @@ def steering_operator(
         S=S,
         V=V,
         inputs=x,
-        energy=float(S.double().square().sum() / found.frobenius_squared[0]),
+        energy=energy,
+        energy_error=energy * float(found.stable_rank_error[0] / found.stable_rank[0]),
         alignment=float(torch.cosine_similarity(whole, image, dim=0)),
         converged=bool(found.converged[0]),
         certificate=lin.certificate(),
@@ -297,7 +301,7 @@ class _Writer:
         Returns:
             The continuation, and the logarithmic probabilities (vocabulary,) of its first token.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, LogitsProcessorList
 
         model, prompt = self.model, self.ids[None].to(self.model.device)
         T = prompt.shape[1]
@@ -324,7 +328,10 @@ class _Writer:
             torch.manual_seed(self.seed)
             with _steering(model, operator, strength, start):
                 made: Any = model.hf_model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([_RequireFinite(strength)]),
                 )
             plain = model.hf_model(input_ids=made.sequences, use_cache=False).logits[0, T - 1 : -1]
         new = made.sequences[0, T:].cpu()
@@ -339,6 +346,26 @@ class _Writer:
         ), own[0]
 
 
+@dataclass(frozen=True)
+class _RequireFinite:
+    """Ends a generation whose logits are not finite, before a token is chosen by them.
+
+    Attributes:
+        strength: of the steering.
+    """
+
+    strength: float
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns the scores as they are."""
+        if not scores.isfinite().all():
+            raise UsageError(
+                f"strength {self.strength:g} takes the model out of the range of its arithmetic: "
+                "use a smaller one"
+            )
+        return scores
+
+
 @contextmanager
 def _steering(
     model: DetachedModel, operator: SteeringOperator | None, strength: float, start: int
@@ -348,6 +375,12 @@ def _steering(
         return
     with operator.applied(model, strength, start):
         yield
+
+
+def _share(operator: SteeringOperator) -> str:
+    """What of ‖J‖_F² the triplets have, with its standard error where it is an estimate."""
+    spread = f" ± {operator.energy_error:.1%}" if operator.energy_error else ""
+    return f"{operator.energy:.1%}{spread}"
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
@@ -420,7 +453,7 @@ class Steering(_Steered):
             f"steered: {self.steered.text}",
             f"layer {operator.layer} of {self.depth}, strength {self.strength:g} of ‖h‖; "
             f"{len(operator.S)} triplets of the Jacobian of {len(operator.tokens)} tokens in "
-            f"{operator.prompt!r}: {operator.energy:.1%} of ‖J‖²_F, cosine of J_k x with J x "
+            f"{operator.prompt!r}: {_share(operator)} of ‖J‖²_F, cosine of J_k x with J x "
             f"{operator.alignment:.4f}",
             f"log-probability of the concept's words ({', '.join(map(repr, self.words))}), mean "
             f"over the steps: {plain.concept:.2f} → {self.steered.concept:.2f} "
@@ -444,6 +477,7 @@ class Steering(_Steered):
             "strength": self.strength,
             "k": len(self.operator.S),
             "energy": self.operator.energy,
+            "energy_error": self.operator.energy_error,
             "alignment": self.operator.alignment,
             "singular_values": self.operator.S.tolist(),
             "text_without": self.unsteered.text,
@@ -697,6 +731,8 @@ def _writer(
     model.embed(ids)  # refuses ids that there are not
     if new_tokens < 1:
         raise UsageError(f"at least one token must be written, not {new_tokens}")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"the seed is 0 … 2**63 - 1, not {seed}")
     if not 0 <= temperature < math.inf:
         raise UsageError(f"the temperature is 0 or a positive number, not {temperature}")
     if model.max_length is not None and len(ids) + new_tokens > model.max_length:

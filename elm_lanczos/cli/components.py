@@ -24,8 +24,9 @@ def components(
         typer.Option(help="Token whose logit it is about, or id:N (default: the prediction)"),
     ] = None,
     token: Annotated[
-        int, typer.Option(help="Input token whose Jacobian is shown; -1 is the last.")
-    ] = -1,
+        int | None,
+        typer.Option(help="Input token whose Jacobian is shown (default: at the output position)"),
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="Singular values of its Jacobian.")] = 16,
     largest: Annotated[
         int, typer.Option(min=1, help="Rows and columns of its Jacobian that are decoded.")

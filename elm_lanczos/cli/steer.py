@@ -8,6 +8,7 @@ import typer
 
 from elm_lanczos.cli.analysis import Request, analysis
 from elm_lanczos.cli.app import app
+from elm_lanczos.errors import UsageError
 
 
 @app.command(
@@ -41,7 +42,9 @@ def steer(
     temperature: Annotated[
         float, typer.Option(min=0, help="Of sampling; 0 takes the most probable token.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling and of the solver.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of sampling and of the solver.")
+    ] = 0,
     every_position: Annotated[
         bool,
         typer.Option("--every-position", help="Steer the prompt's positions too."),
@@ -51,6 +54,8 @@ def steer(
     from elm_lanczos.analysis import steer, sweep_steering
     from elm_lanczos.analysis.steering import STRENGTH, SWEPT_STRENGTHS
 
+    if request.config.position != -1:
+        raise UsageError("steer goes on from the end of the prompt: leave --position out")
     prompt, model = request.text(onto), request.model()
     options: dict[str, Any] = {
         "k": k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from elm_lanczos.analysis.result import Analysis
@@ -24,6 +25,8 @@ def check_suffix(path: Path) -> None:
         raise UsageError(f"--out {path}: use a name that ends in {', '.join(_WRITERS)}")
     if not path.parent.is_dir():
         raise UsageError(f"--out {path}: there is no folder {path.parent}")
+    if path.is_dir() and not (path.suffix == ".zarr" and _is_of_an_analysis(path)):
+        raise UsageError(f"--out {path}: there is a folder, which would be lost: use another name")
 
 
 def save(result: Analysis, path: Path) -> None:
@@ -40,13 +43,26 @@ def save(result: Analysis, path: Path) -> None:
     _WRITERS[path.suffix](result, path)
 
 
+def _is_of_an_analysis(path: Path) -> bool:
+    """Whether a folder is what `_save_zarr` has written before."""
+    try:
+        attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+        return {"kind", "title", "prompt"} <= attributes.keys()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
 def _save_json(result: Analysis, path: Path) -> None:
     text = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def _save_csv(result: Analysis, path: Path) -> None:
-    result.to_dataframe().to_csv(path, index=False)
+    table = result.to_dataframe()
+    for name in table.columns:  # lists of words as JSON, which other programs read
+        if table[name].map(lambda value: isinstance(value, list)).any():
+            table[name] = table[name].map(partial(json.dumps, ensure_ascii=False))
+    table.to_csv(path, index=False)
 
 
 def _save_figure(result: Analysis, path: Path) -> None:

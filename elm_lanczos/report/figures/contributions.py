@@ -104,7 +104,7 @@ def _heat_map(axes: Axes, result: Components) -> None:
     low = max(float(low), high / _FARTHEST)
     image = axes.imshow(
         np.maximum(values, low),
-        norm=LogNorm(low, high) if low < high else None,
+        norm=LogNorm(low, high) if values.max() > 0 and low < high else None,
         cmap=SEQUENTIAL,
         extent=(0, d, m, 0),
         aspect="auto",
