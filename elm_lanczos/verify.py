@@ -25,7 +25,7 @@ from elm_lanczos.errors import DamagedError, ElmLanczosError, first_line
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import Prompt
-from elm_lanczos.run import load_model, run_fingerprint
+from elm_lanczos.run import load_model, run_fingerprint, stored_config
 from elm_lanczos.status import Status
 from elm_lanczos.store import PromptResult, Results, open_results
 from elm_lanczos.store.attributes import first_difference, to_json
@@ -402,7 +402,7 @@ def _recompute(
     """Compares with the model of the run; returns how many rows were computed again."""
     metadata = results.path / "zarr.json"
     try:
-        config = RunConfig.model_validate(results.attrs.get("config"))
+        config = stored_config(results.attrs)
     except ValidationError as error:
         faults.append(Fault(f"config: {first_line(error)}", file=metadata))
         return 0
