@@ -3,11 +3,14 @@
 The processes agree through the key-value store that torchrun gives them. The first one coordinates:
 it holds the store's lock, deals the work, writes the summary and shows the results. Prompts are
 dealt one at a time, longest first, each with all its positions to one process. Where fewer prompts
-are left at the start than there are processes, these are solved in turn by all processes together:
-the *owners* of rows (see `store`) are dealt, each to one process that solves and writes them, and
-the *blocks* of vectors that go through the model are dealt, one to each process a round. Blocks
-and owners have the borders and the composition that they have in one process, and every process
-computes under the options in the store, so the bits of a store do not depend on how many made it.
+are left at the start than there are processes, these are solved in turn by all processes together.
+The *blocks* of vectors that go through the model are dealt, one to each process a round. Where a
+prompt has several *owners* of rows (every 64 tokens are one in a prompt of more than 128, see
+`store`), these are dealt too: a process solves and writes its own, and gets the rows of their
+tokens' Jacobians from all processes. With one owner only the blocks are dealt, and one process
+solves. Blocks and owners have the borders and the composition that they have in one process, and
+every process computes under the options in the store, so the bits of a store do not depend on how
+many made it.
 
 Waiting is polling: a signal is answered at once, a failure elsewhere is seen, and nothing waits for
 ever for processes that give no sign of life.
@@ -72,6 +75,10 @@ _JOINING = timedelta(minutes=5)
 _PATIENCE = timedelta(hours=2)
 """How long the others may give no sign of life."""
 
+_COLLECTIVE = timedelta(days=365)
+"""How long an exchange may take: a process that has nothing left waits in one while others solve
+for hours, so that only a broken connection may end it."""
+
 _POLL, _LOOK, _BEAT, _GRACE = 0.02, 1.0, 2.0, 10.0
 """Seconds between looks at the key-value store, the same during an exchange, and between signs of
 life; and those in which a lost process may say why, or its launcher may end the
@@ -130,14 +137,17 @@ def run(
                 processes.tell("work", {"path": str(store.path), "left": left})
                 _compute(processes, store, job, left, observer, own)
                 store.write_summary()
+                found = outcome(store.path)
+                processes.tell("outcome", [found.not_converged, found.not_exact])
         else:
             work = processes.ask("work")
             with ResultStore.open(work["path"], "r+") as store:
                 store.join(processes.rank, observer.note)
                 torch.set_num_threads(resources(store)["threads"])
                 _compute(processes, store, job, work["left"], observer, own)
+        not_converged, not_exact = processes.ask("outcome")
         processes.leave()
-    return outcome(store.path)
+    return Outcome(store.path, not_converged, not_exact)
 
 
 def _own_device(config: RunConfig) -> RunConfig | None:
@@ -421,8 +431,10 @@ class Shared(Alone):
                 lins.clear()  # before the next ones take their memory
                 ids = torch.tensor(step["ids"])
                 lins += job.model.linearize_together(list(ids), **step["chain"])
-                nothing = torch.zeros(1, *lins[0].decoder.outputs.shape, dtype=lins[0].inputs.dtype)
-                lins[0].decoder.vjp(nothing.to(lins[0].inputs.device))  # linearises the layers
+                if lins[0].decoder.keep:
+                    like = lins[0].inputs
+                    nothing = torch.zeros(1, *lins[0].decoder.outputs.shape, dtype=like.dtype)
+                    lins[0].decoder.vjp(nothing.to(like.device))  # linearises the layers
                 continue
             groups = [store.group(name) for name in step["groups"]]
             plan, work = Plan(**step["plan"]), Work(**step["work"])
@@ -514,7 +526,7 @@ class Exchange:
             store=PrefixStore("group", processes._store),
             rank=processes.rank,
             world_size=processes.count,
-            timeout=_PATIENCE,
+            timeout=_COLLECTIVE,
         )
 
     def open(self, batch: TokenOperators, tokens: Sequence[Sequence[int]]) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from elm_lanczos.architectures import full_config
 from elm_lanczos.batches import batches, gains, token_operators
 from elm_lanczos.config import PlanConfig, output_positions, select_tokens
-from elm_lanczos.errors import ModelError, UsageError, first_line
+from elm_lanczos.errors import ModelError, UnsupportedModelError, UsageError, first_line
 from elm_lanczos.footprint import Footprint, spare
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.memory import ceiling, free_bytes, size
@@ -234,9 +234,11 @@ def _planned(
 def _solved_together(
     config: PlanConfig, source: _Weights | _Shape, names: list[str], length: int
 ) -> list[list[str]]:
-    """The prompts of a batch: as it is, or one by one where nothing is gained by it."""
+    """The prompts of a batch: as it is, or one by one where that gains nothing or is refused."""
     if len(names) == 1:
         return [names]
+    if not source.together:
+        return [[name] for name in names]
     n = len(names) * len(select_tokens(config.tokens, length))
     plan = _planned(config, source, len(names), length, config.method, config.scratch)
     return [names] if gains(plan, n) else [[name] for name in names]
@@ -287,7 +289,10 @@ class _AtLength:
 
 
 class _Weights:
-    """The linear systems of a model with weights, of which the smallest and largest are timed."""
+    """The linear systems of a model with weights, of which the smallest and largest are timed.
+
+    `together` says whether several prompts can go through the model at once.
+    """
 
     def __init__(
         self, config: PlanConfig, model: DetachedModel, sizes: Sequence[tuple[int, int]]
@@ -296,6 +301,10 @@ class _Weights:
         self.weight_bytes = sum(weight.nbytes for weight in model.hf_model.parameters())
         self.batch = config.batch
         self.timed: dict[int, Rates] = {}
+        several = [length for many, length in sizes if many > 1]
+        self.together = not several or _go_together(config, model, min(several))
+        if not self.together:
+            sizes = sorted({(1, length) for _, length in sizes})
         vocabulary = model.embedding.weight.shape[0]
         for many, length in dict.fromkeys((sizes[0], sizes[-1])):
             ids = torch.arange(length) % vocabulary
@@ -311,6 +320,7 @@ class _Weights:
         """The systems of prompts of a length; their rates lie between those that were timed."""
         (low, slow), (high, fast) = min(self.timed.items()), max(self.timed.items())
         share = (prompts * length - low) / (high - low) if high > low else 0.0
+        share = min(max(share, 0.0), 1.0)
         row, step = (
             slow.row + share * (fast.row - slow.row),
             slow.step + share * (fast.step - slow.step),
@@ -319,6 +329,18 @@ class _Weights:
         keep = self.footprint.is_kept(length, self.memory, prompts)
         arrays = self.footprint.arrays(length, block, prompts, keep=keep)
         return _AtLength(Rates(row, step), arrays, spare(self.memory, arrays), block)
+
+
+def _go_together(config: PlanConfig, model: DetachedModel, length: int) -> bool:
+    """Whether two prompts of a length can go through the model at once."""
+    ids = torch.arange(length) % model.embedding.weight.shape[0]
+    try:
+        lins = model.linearize_together([ids] * 2, block=config.batch, memory=config.memory)
+        nothing = torch.zeros(1, *lins[0].decoder.outputs.shape, dtype=lins[0].inputs.dtype)
+        lins[0].decoder.vjp(nothing.to(lins[0].inputs.device))  # linearises the layers
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def _lengths(timed: Iterable[int]) -> str:
@@ -331,8 +353,11 @@ def _lengths(timed: Iterable[int]) -> str:
 class _Shape:
     """The linear systems of a model of which only the configuration is known.
 
-    A few of its layers are built with random weights and timed, on a CPU at a few tokens.
+    A few of its layers are built with random weights and timed, on a CPU at a few tokens. That
+    prompts can go through them `together` is taken for granted.
     """
+
+    together = True
 
     def __init__(self, config: PlanConfig, sizes: Sequence[tuple[int, int]]) -> None:
         source = _configuration(config)

@@ -7,7 +7,7 @@ in `solving`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -151,6 +151,22 @@ def load_model(config: ModelConfig) -> DetachedModel:
         use_safetensors=not config.allow_pickle,
         **options,
     )
+
+
+def stored_config(attributes: Mapping[str, Any]) -> RunConfig:
+    """Reads the options of a run from its store, which never make a model's own code run.
+
+    Args:
+        attributes: the attributes of the store.
+
+    Returns:
+        The options, without trust in code from a hub and without pickled weights.
+
+    Raises:
+        ValidationError: if there are none, or they are not as they should be.
+    """
+    config = RunConfig.model_validate(attributes.get("config"))
+    return config.model_copy(update={"trust_remote_code": False, "allow_pickle": False})
 
 
 def default_path() -> Path:

@@ -23,11 +23,11 @@ from elm_lanczos.analysis.layer_spectra import (
     layers,
 )
 from elm_lanczos.analysis.result import Progress
-from elm_lanczos.config import RunConfig, select_tokens
+from elm_lanczos.config import select_tokens
 from elm_lanczos.errors import StoreError, UsageError, first_line
 from elm_lanczos.layer_operators import CUMULATIVE, MODULES
 from elm_lanczos.linearization import Linearization
-from elm_lanczos.run import load_model, weights_digest
+from elm_lanczos.run import load_model, stored_config, weights_digest
 from elm_lanczos.store import PromptGroup, PromptHeader, PromptResult, ResultStore
 from elm_lanczos.store.faults import FINISHED
 from elm_lanczos.sublayers import Sublayers
@@ -111,8 +111,10 @@ def add_layers(
     """
     with ResultStore.open(path, "r+") as store:
         fingerprint: Any = store.attrs.get("fingerprint")
+        if not (isinstance(fingerprint, dict) and "weights" in fingerprint):
+            raise StoreError(f"{path} has no fingerprint to go by")
         try:
-            config = RunConfig.model_validate(store.attrs.get("config"))
+            config = stored_config(store.attrs)
         except ValidationError as error:
             raise StoreError(f"{path} has no options to go by: {first_line(error)}") from error
         store.resume(fingerprint)
@@ -121,7 +123,7 @@ def add_layers(
             if not 1 <= number <= len(groups):
                 raise UsageError(f"--prompt {number}: {path} has prompts 1 to {len(groups)}")
         model = load_model(config)
-        if not isinstance(fingerprint, dict) or fingerprint["weights"] != weights_digest(model):
+        if fingerprint["weights"] != weights_digest(model):
             raise StoreError(f"{path}: {model.name} has other weights now than when it was made")
         for number in numbers or range(1, len(groups) + 1):
             group = groups[number - 1]

@@ -13,11 +13,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, NonNegativeInt, StrictBool, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from elm_lanczos.certificate import Certificate
 from elm_lanczos.config import RunConfig
@@ -25,14 +33,13 @@ from elm_lanczos.errors import DamagedError, ElmLanczosError, first_line
 from elm_lanczos.model import DetachedModel
 from elm_lanczos.operators import TokenOperators
 from elm_lanczos.prompts import Prompt
-from elm_lanczos.run import load_model, run_fingerprint
+from elm_lanczos.run import load_model, run_fingerprint, stored_config
 from elm_lanczos.status import Status
 from elm_lanczos.store import PromptResult, Results, open_results
 from elm_lanczos.store.attributes import first_difference, to_json
 from elm_lanczos.store.faults import (
     Fault,
     computed,
-    damage,
     layout_faults,
     read_owners,
     whole_faults,
@@ -67,6 +74,7 @@ class Verification:
         not_converged: rows that say themselves that they did not reach the tolerance.
         recomputed: rows whose residuals were computed again.
         faults: everything that is wrong.
+        unfinished: paths of layers' groups whose making was interrupted.
     """
 
     path: Address
@@ -77,6 +85,7 @@ class Verification:
     not_converged: int
     recomputed: int
     faults: tuple[Fault, ...]
+    unfinished: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain data."""
@@ -85,6 +94,7 @@ class Verification:
             "store": str(self.path),
             "complete": self.complete,
             **{name: getattr(self, name) for name in counts},
+            "unfinished_layers": list(self.unfinished),
             "problems": [
                 {
                     "prompt": fault.group or None,
@@ -104,29 +114,47 @@ class _Chain(BaseModel):
     narrow: bool
 
 
-class _StoredPlan(BaseModel):
+class _LayerPlan(BaseModel):
     svd: Plan
+
+
+class _StoredPlan(_LayerPlan):
     chain: _Chain
 
 
-class _Attributes(BaseModel):
-    """What the attributes of a group must hold."""
+class _AnyAttributes(BaseModel):
+    """What the attributes of every group must hold."""
 
     id: StrictStr
     text: StrictStr
     position: NonNegativeInt
-    plan: _StoredPlan
+    plan: _LayerPlan
     certificate: Certificate | None = None
     finished: StrictBool = False
 
 
+class _Attributes(_AnyAttributes):
+    """What the attributes of a prediction's group must hold."""
+
+    plan: _StoredPlan
+
+
+class _LayerAttributes(_AnyAttributes):
+    """What the attributes of a layer's group must hold."""
+
+    layer: StrictInt = Field(ge=1)
+    module: Literal["residual", "attention", "mlp"]
+    kind: Literal["cumulative", "layerwise", "to-end"]
+
+
 @dataclass
 class _Group:
-    """One prediction while it is read.
+    """One prediction, or one layer, while it is read.
 
     Attributes:
         result: its results.
         attributes: its attributes, None if they are not as they should be.
+        level: the residual, relative to σ₁, that is rounding; by default that of its dtype.
         rows: where triplets are stored, bool (T,).
         done: rows that were asked for and are done.
         pending: rows that were asked for and are not.
@@ -135,7 +163,8 @@ class _Group:
     """
 
     result: PromptResult
-    attributes: _Attributes | None = None
+    attributes: _AnyAttributes | None = None
+    level: float | None = None
     rows: Array = field(default_factory=lambda: np.zeros(0, dtype=bool))
     done: int = 0
     pending: int = 0
@@ -179,8 +208,12 @@ def verify(
         group.attributes is not None and group.attributes.finished for group in groups
     )
     faults += [fault for group in groups for fault in group.faults]
-    for name in (name for prompt in results for name in layer_names(place, prompt.name)):
-        faults += layout_faults(place, name) or list(damage(place, name))
+    layers = [
+        _read_layer(place, results.group(name), results.attrs)
+        for prompt in results
+        for name in layer_names(place, prompt.name)
+    ]
+    faults += [fault for layer in layers for fault in layer.faults]
     if complete and not faults:
         faults += _summary_faults(place, results)
     recomputed = 0
@@ -195,6 +228,7 @@ def verify(
         not_converged=sum(group.not_converged for group in groups),
         recomputed=recomputed,
         faults=tuple(faults),
+        unfinished=tuple(layer.result.name for layer in layers if _is_unfinished(layer)),
     )
 
 
@@ -226,21 +260,53 @@ def _is_complete(results: Results, faults: list[Fault]) -> bool:
 def _read_group(place: Place, result: PromptResult, root: Mapping[str, Any]) -> _Group:
     """Reads everything of one prediction."""
     group = _Group(result)
-    metadata = result.path / "zarr.json"
+    if _read_attributes(group, _Attributes):
+        certificate = group.attributes.certificate if group.attributes is not None else None
+        if certificate is not None and certificate.dtype == "tf32":
+            group.level = TF32_TOL
+        _read_rows(place, group, root)
+    if not group.faults:
+        group.faults += _prompt_faults(group, _vocabulary(root))
+    return group
+
+
+def _read_layer(place: Place, result: PromptResult, root: Mapping[str, Any]) -> _Group:
+    """Reads everything of one layer's group, unless it was left unfinished."""
+    group = _Group(result)
+    if _read_attributes(group, _LayerAttributes) and not _is_unfinished(group):
+        config = root.get("config")
+        if isinstance(config, dict) and config.get("precision") == "tf32":
+            group.level = TF32_TOL
+        _read_rows(place, group, root)
+    return group
+
+
+def _is_unfinished(layer: _Group) -> bool:
+    return layer.attributes is not None and not layer.attributes.finished
+
+
+def _read_attributes(group: _Group, form: type[_AnyAttributes]) -> bool:
+    """Reads the attributes of a group; returns whether its metadata can be read at all."""
+    result = group.result
     try:
-        group.attributes = _Attributes.model_validate(result.attrs)
+        group.attributes = form.model_validate(result.attrs)
     except DamagedError as error:
         group.faults.append(Fault(str(error), result.name))
-        return group
+        return False
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         reason = f"attribute {key}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        group.faults.append(Fault(reason, result.name, file=metadata))
+        group.faults.append(Fault(reason, result.name, file=result.path / "zarr.json"))
+    return True
+
+
+def _read_rows(place: Place, group: _Group, root: Mapping[str, Any]) -> None:
+    """Reads all arrays of a group, and compares the numbers of its rows with each other."""
+    result = group.result
     group.faults += layout_faults(place, result.name)
     if group.faults:  # of arrays of another form nothing more can be said
-        return group
-    assert group.attributes is not None
+        return
     for tokens, rows, faults in read_owners(place, result.name):
         group.faults += faults
         if not faults:
@@ -252,9 +318,6 @@ def _read_group(place: Place, result: PromptResult, root: Mapping[str, Any]) -> 
             group.not_converged += int(given_up.sum())
             group.rows = np.concatenate([group.rows, computed(rows)])
     group.faults += whole_faults(place, result.name)
-    if not group.faults:
-        group.faults += _prompt_faults(group, _vocabulary(root))
-    return group
 
 
 def _vocabulary(root: Mapping[str, Any]) -> int:
@@ -272,7 +335,7 @@ def _row_faults(
 ) -> Iterator[Fault]:
     """What is wrong with the numbers of one owner."""
     assert group.attributes is not None
-    plan, certificate = group.attributes.plan.svd, group.attributes.certificate
+    plan = group.attributes.plan.svd
     done, status = rows["done"], rows["status"]
 
     def fault(array: str, wrong: Array, reason: str) -> Iterator[Fault]:
@@ -304,9 +367,8 @@ def _row_faults(
         return
     S, residual = rows["S"].astype(float), rows["residual"].astype(float)
     largest, eps = S[:, :1], float(np.finfo(rows["S"].dtype).eps)
-    tf32 = certificate is not None and certificate.dtype == "tf32"
     m, d = rows["U"].shape[-1], rows["V"].shape[-1]
-    level = TF32_TOL if tf32 else max(64.0, 4 * max(m, d) ** 0.5) * eps  # as `rounding_level`
+    level = group.level or max(64.0, 4 * max(m, d) ** 0.5) * eps  # as `rounding_level`
     for name in ("S", "residual", "error_bound"):
         wrong = ~(np.isfinite(rows[name]) & (rows[name] >= 0))
         yield from fault(name, live[:, None] & wrong, "is negative or not finite")
@@ -402,7 +464,7 @@ def _recompute(
     """Compares with the model of the run; returns how many rows were computed again."""
     metadata = results.path / "zarr.json"
     try:
-        config = RunConfig.model_validate(results.attrs.get("config"))
+        config = stored_config(results.attrs)
     except ValidationError as error:
         faults.append(Fault(f"config: {first_line(error)}", file=metadata))
         return 0
@@ -468,7 +530,7 @@ def _whole_ids(result: PromptResult, model: DetachedModel) -> torch.Tensor:
 def _residual_faults(group: _Group, model: DetachedModel, chosen: Array) -> Iterator[Fault]:
     """Compares the residuals of some rows with those by products of the model."""
     result, attributes = group.result, group.attributes
-    assert attributes is not None
+    assert isinstance(attributes, _Attributes)
     ids = torch.as_tensor(result.token_ids).long()
     lin = model.linearize(ids, attributes.position, **attributes.plan.chain.model_dump())
     batch = TokenOperators(lin, chosen.tolist())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import zarr
 from torch import Tensor
 
 from elm_lanczos.analysis import layers
 from elm_lanczos.analysis.layer_spectra import _work
 from elm_lanczos.architectures import tiny_config, tiny_model
 from elm_lanczos.cli import main
-from elm_lanczos.errors import UnsupportedModelError, UsageError
+from elm_lanczos.errors import DamagedError, UnsupportedModelError, UsageError
 from elm_lanczos.layer_operators import KINDS, MODULES, LayerOperators
 from elm_lanczos.linearization import Linearization
 from elm_lanczos.model import DetachedModel
@@ -27,6 +30,7 @@ from elm_lanczos.status import Status
 from elm_lanczos.store import open_results
 from elm_lanczos.sublayers import Sublayers
 from elm_lanczos.svd import svd
+from elm_lanczos.verify import verify
 from tests.families import PROMPT, detached_model, hf_model
 from tests.test_matrix_free import WIDTH, NoJacobian
 
@@ -553,7 +557,9 @@ def test_layers_of_a_stored_run(
     assert run_cli(verb[:-2]) == 130
     monkeypatch.setattr(module.PromptGroup, "write_rows", written)
     assert len(open_results(store).prompts[0].layers) == len(again) - 1
+    capsys.readouterr()
     assert run_cli(["verify", store, "--no-model"]) == 0
+    assert "is not finished, and is made again by `layers --store`" in capsys.readouterr().out
     assert run_cli(verb[:-2]) == 0
     assert len(open_results(store).prompts[0].layers) == len(again)
     chunk = tmp_path / "run.zarr/prompts/000000/layer_02/mlp/S/c.0.0"
@@ -561,6 +567,66 @@ def test_layers_of_a_stored_run(
     capsys.readouterr()
     assert run_cli(["verify", store, "--no-model"]) == 1
     assert "layer_02/mlp" in capsys.readouterr().out
+
+
+LAYER = "prompts/000000/layer_02/mlp"
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one prompt with the Jacobians of one MLP."""
+    path = tmp_path_factory.mktemp("stored") / "run.zarr"
+    run = ["run", "--text", "my fellow citizens", "--model", str(tiny_folder), "--k", "2"]
+    assert run_cli([*run, "--out", str(path)]) == 0
+    assert run_cli(["layers", "--store", str(path), "-k", "2", "--layers", "2"]) == 0
+    assert verify(path, load=None).faults == ()
+    return path
+
+
+def changed(path: Path, array: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Rewrites an array of a layer's group; its checksums are right again."""
+    opened = zarr.open_array(path / LAYER / array, mode="r+")
+    opened[...] = edit(np.asarray(opened[...]))
+
+
+@pytest.mark.parametrize(
+    ("array", "edit", "says"),
+    [
+        ("S", lambda S: S[:, ::-1] * 100, "descending"),
+        ("V", lambda V: V * 2, "not orthonormal"),
+        ("residual", lambda r: r + 1e3, "above the tolerance"),
+    ],
+)
+def test_layers_whose_numbers_disagree_are_named(
+    stored: Path, tmp_path: Path, array: str, edit: Callable[[np.ndarray], np.ndarray], says: str
+) -> None:
+    path = Path(shutil.copytree(stored, tmp_path / "run.zarr"))
+    changed(path, array, edit)
+    (fault,) = verify(path, load=None).faults
+    assert (fault.group, fault.array) == (LAYER, array) and says in fault.reason
+
+
+@pytest.mark.parametrize("lost", ["layer", "module", "kind", "plan"])
+def test_layers_without_an_attribute_are_named(stored: Path, tmp_path: Path, lost: str) -> None:
+    path = Path(shutil.copytree(stored, tmp_path / "run.zarr"))
+    file = path / LAYER / "zarr.json"
+    metadata = json.loads(file.read_text())
+    del metadata["attributes"][lost]
+    file.write_text(json.dumps(metadata))
+    (fault,) = verify(path, load=None).faults
+    assert fault.group == LAYER and fault.reason.startswith(f"attribute {lost}")
+    if lost != "plan":
+        with pytest.raises(DamagedError, match=f"{LAYER}/zarr.json is damaged"):
+            _ = open_results(path).prompts[0].layers
+
+
+def test_layers_of_damaged_metadata_are_named(stored: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(stored, tmp_path / "run.zarr"))
+    (path / LAYER / "zarr.json").write_text("{no JSON")
+    (fault,) = verify(path, load=None).faults
+    assert f"{LAYER}/zarr.json is damaged" in str(fault)
+    with pytest.raises(DamagedError, match=f"{LAYER}/zarr.json is damaged"):
+        _ = open_results(path).prompts[0].layers
 
 
 def interrupted(*_: Any) -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 
+from elm_lanczos import planning
 from elm_lanczos.config import PlanConfig, RunConfig
-from elm_lanczos.errors import UsageError
+from elm_lanczos.errors import UnsupportedModelError, UsageError
 from elm_lanczos.memory import size
+from elm_lanczos.model import DetachedModel
 from elm_lanczos.planning import Forecast, SystemCost, plan_run
 from elm_lanczos.run import load_model, run
 from elm_lanczos.svd.cost import Cost, Rates
@@ -167,6 +169,33 @@ def test_prompts_that_do_not_fit_together_are_priced_alone(planned: Any, tiny_fo
     assert [(s["length"], s["tokens"]) for s in together] == [(5, 10), (7, 7)]
     alone = planned(*given, "--memory", "1KiB")["systems"]
     assert [(s["length"], s["tokens"]) for s in alone] == [(5, 5), (5, 5), (7, 7)]
+
+
+def test_prompts_that_cannot_go_together_are_priced_alone(
+    planned: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = DetachedModel.linearize_together
+
+    def refuse(self: DetachedModel, prompts: Any, *given: Any, **others: Any) -> list[Any]:
+        if len(prompts) > 1:
+            raise UnsupportedModelError("a layer takes one prompt")
+        return original(self, prompts, *given, **others)
+
+    monkeypatch.setattr(DetachedModel, "linearize_together", refuse)
+    alone = planned(tiny_folder, "--k", 2, "--length", "5,7,5")["systems"]
+    assert [(s["length"], s["tokens"]) for s in alone] == [(5, 5), (5, 5), (7, 7)]
+
+
+def test_rates_of_other_sizes_lie_between_those_that_were_timed(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([Rates(1.0, 2.0), Rates(10.0, 20.0)])
+    monkeypatch.setattr(planning, "time_block", lambda _: next(rates))
+    config = PlanConfig(model=str(tiny_folder), length="4", k=2)
+    source = planning._Weights(config, load_model(config), [(2, 5), (1, 20)])
+    for prompts, length, row in ((1, 5, 1.0), (3, 5, 5.5), (1, 20, 10.0), (1, 50, 10.0)):
+        found = source.at(prompts, length).rates
+        assert found == Rates(row, 2 * row)
 
 
 def test_a_table_for_people(command: Any, tiny_folder: Path, monkeypatch: Any) -> None:  # noqa: F811

@@ -13,9 +13,11 @@ import safetensors.torch
 import zarr
 
 from elm_lanczos.config import RunConfig
-from elm_lanczos.errors import StoreError
+from elm_lanczos.errors import ModelError, StoreError
+from elm_lanczos.model import DetachedModel
 from elm_lanczos.store import PromptGroup, Status, open_results
 from elm_lanczos.store.layout import LAYOUT
+from elm_lanczos.stored_layers import LayerOptions, add_layers
 from elm_lanczos.verify import Verification, verify
 from tests.test_cli import command  # noqa: F401
 from tests.test_faults import flip
@@ -330,6 +332,34 @@ def test_changed_model_is_named(store: Path, model_folder: Path) -> None:
     assert [f.reason.split()[:2] for f in found.faults] == [["fingerprint:", "weights"]]
     assert found.recomputed == gone.recomputed == 0
     assert ["the model of this run cannot be used" in f.reason for f in gone.faults] == [True]
+
+
+def test_store_never_makes_code_of_a_model_run(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = zarr.open_group(store, mode="r+")
+    trusting = {"trust_remote_code": True, "allow_pickle": True}
+    root.update_attributes({"config": {**root.attrs["config"], **trusting}})
+    asked: list[RunConfig] = []
+
+    def load(config: RunConfig) -> DetachedModel:
+        asked.append(config)
+        raise ModelError("no model")
+
+    monkeypatch.setattr("elm_lanczos.stored_layers.load_model", load)
+    assert len(verify(store, load=load).faults) == 1
+    with pytest.raises(ModelError, match="no model"):
+        next(add_layers(str(store), LayerOptions()))
+    assert [(c.trust_remote_code, c.allow_pickle) for c in asked] == [(False, False)] * 2
+
+
+@pytest.mark.parametrize("fingerprint", [None, "abc", {"model": "tiny"}])
+def test_layers_of_a_store_without_a_fingerprint_are_refused(
+    store: Path, fingerprint: object
+) -> None:
+    zarr.open_group(store, mode="r+").update_attributes({"fingerprint": fingerprint})
+    with pytest.raises(StoreError, match="no fingerprint to go by"):
+        next(add_layers(str(store), LayerOptions()))
 
 
 def test_changed_prompt_text_is_named(store: Path) -> None:

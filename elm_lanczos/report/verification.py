@@ -7,7 +7,7 @@ from elm_lanczos.verify import Verification
 
 
 def verification_lines(found: Verification) -> list[str]:
-    """Returns one line per problem, and a last one with counts.
+    """Returns one line per problem and per unfinished group of a layer, and a last one with counts.
 
     Args:
         found: what was found.
@@ -16,6 +16,10 @@ def verification_lines(found: Verification) -> list[str]:
         Lines without control characters.
     """
     lines = [printable(str(fault)) for fault in found.faults]
+    lines += [
+        printable(f"{name}: is not finished, and is made again by `layers --store`")
+        for name in found.unfinished
+    ]
     counts = [_counted(found.predictions, "prediction"), f"{_counted(found.done, 'row')} done"]
     if found.pending:
         counts.append(f"{found.pending} pending")

@@ -73,7 +73,24 @@ def _storage(batch: OperatorBatch, plan: Plan, g: int, scratch: contextlib.ExitS
         return torch.empty(g, m, d, dtype=batch.dtype, device=batch.device)
     folder = scratch.enter_context(tempfile.TemporaryDirectory(dir=plan.scratch))
     file = os.path.join(folder, "rows")
+    _reserve(file, plan.scratch, g * m * d * batch.dtype.itemsize)
     return torch.from_file(file, shared=True, size=g * m * d, dtype=batch.dtype).view(g, m, d)
+
+
+def _reserve(file: str, scratch: str, needed: int) -> None:
+    """Creates a file whose bytes are on the disk, so that no other can take their room later.
+
+    Raises:
+        UsageError: Where there is no room for them.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with open(file, "wb") as opened:
+            os.posix_fallocate(opened.fileno(), 0, needed)
+    except OSError as error:
+        reason = f"no room for {size(needed)}: {error.strerror}"
+        raise UsageError(f"scratch {scratch} has {reason}") from error
 
 
 def _solve(batch: OperatorBatch, plan: Plan, index: Tensor, J: Tensor) -> SVDResult:

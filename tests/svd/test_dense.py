@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -231,6 +232,20 @@ def test_scratch_without_room_is_refused_before_anything_is_written(
     """A mapped file that outgrows its disk would end the process with a bus error."""
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: (2**40, 2**40, 900))
     with pytest.raises(UsageError, match=r"900 bytes free, and 3\.1 KiB are needed") as refused:
+        svd(decaying(1, 20, 20)[0], 2, method="dense", scratch=str(tmp_path))
+    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+    assert opened == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room")
+def test_scratch_that_fills_up_meanwhile_is_refused_in_one_line(
+    tmp_path: Path, opened: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "posix_fallocate", full)
+    with pytest.raises(UsageError, match=r"no room for 3\.1 KiB: No space left") as refused:
         svd(decaying(1, 20, 20)[0], 2, method="dense", scratch=str(tmp_path))
     assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
     assert opened == [] and list(tmp_path.iterdir()) == []
