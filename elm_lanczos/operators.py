@@ -503,7 +503,7 @@ class JointOperator(LinearOperator):
     def _matmat(self, X: Tensor) -> Tensor:
         _, d = self.lin.inputs.shape
         tangents = X.new_zeros(X.shape[1], *self.lin.inputs.shape)
-        tangents[:, self._tokens] = X.T.reshape(X.shape[1], -1, d)
+        tangents[:, self._tokens] = X.T.reshape(X.shape[1], len(self._tokens), d)
         return self.lin.jvp(tangents).T
 
     def _rmatmat(self, Y: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def long_prompt(
     predicted = [{"id": 5, "token": " United", "logit": 6.5, "probability": 0.4}]
     text = "".join(names)
     return SimpleNamespace(
+        layers={},
         **rows,
         name=name,
         id="long",

@@ -161,7 +161,8 @@ def test_other_numbers_become_float64() -> None:
         (torch.ones(3, 4).double(), "shape"),
         (torch.ones(4, 1, 1).double(), "shape"),
         (torch.ones(4), "float64"),
-        (np.ones(4), "torch tensors"),
+        ([1.0] * 4, "multiplies arrays, not list"),
+        (np.ones(4, np.float32), "float64"),
     ],
 )
 def test_operands_that_do_not_fit(operand: object, message: str) -> None:
