@@ -88,8 +88,7 @@ def prompt_names(place: Place) -> list[str]:
     Raises:
         StoreError: The store cannot be read.
     """
-    numbers = [name for name in place.names("prompts") if name.isdecimal()]
-    names = [below("prompts", number) for number in sorted(numbers, key=int)]
+    names = _numbered(place, "prompts")
     return [name for name in names if _is_created(place, name)]
 
 
@@ -106,10 +105,7 @@ def position_names(place: Place, prompt: str) -> list[str]:
     Raises:
         StoreError: The store cannot be read.
     """
-    prefix = "position_"
-    numbers = [n.removeprefix(prefix) for n in place.names(prompt) if n.startswith(prefix)]
-    numbers = sorted(filter(str.isdecimal, numbers), key=int)
-    names = [below(prompt, prefix + number) for number in numbers]
+    names = _numbered(place, prompt, "position_")
     return [name for name in names if _is_created(place, name)]
 
 
@@ -126,11 +122,16 @@ def layer_names(place: Place, prompt: str) -> list[str]:
     Raises:
         StoreError: The store cannot be read.
     """
-    prefix = "layer_"
-    numbers = [n.removeprefix(prefix) for n in place.names(prompt) if n.startswith(prefix)]
-    layers = [below(prompt, prefix + n) for n in sorted(filter(str.isdecimal, numbers), key=int)]
+    layers = _numbered(place, prompt, "layer_")
     names = [below(layer, name) for layer in layers for name in sorted(place.names(layer))]
     return [name for name in names if place.is_folder(name) and _is_created(place, name)]
+
+
+def _numbered(place: Place, group: str, prefix: str = "") -> list[str]:
+    """The paths of the nodes in a group that are a prefix and a number, in their order."""
+    numbers = [n.removeprefix(prefix) for n in place.names(group) if n.startswith(prefix)]
+    numbers = sorted(filter(str.isdecimal, numbers), key=int)
+    return [below(group, prefix + number) for number in numbers]
 
 
 def _is_created(place: Place, group: str) -> bool:

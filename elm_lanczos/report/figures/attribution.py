@@ -10,7 +10,6 @@ from elm_lanczos.report.figures.style import (
     BLUE,
     VERMILION,
     figure,
-    legible,
     styled,
     token_axis,
     token_label,
@@ -50,6 +49,6 @@ def draw(result: Attribution) -> Figure:
         axes.grid(axis="y", linewidth=0.3)
     against = f" − {token_label(result.contrast_token)}" if result.contrast is not None else ""
     axes.set_title(
-        legible("logit of ") + token_label(result.target_token) + against + f" = {result.logit:.4f}"
+        "logit of " + token_label(result.target_token) + against + f" = {result.logit:.4f}"
     )
     return drawing
